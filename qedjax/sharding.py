@@ -1,0 +1,113 @@
+"""Device meshes and the tables that map logical axis names to mesh axes.
+
+Model code names what a dimension is ('batch', 'heads', ...); the role's table says where it lives. The role is read from the mesh in
+force (`jax.set_mesh`): meshes are part of every jit cache key, so a function traced for training is never reused for rollout.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+TRAIN_AXES = ('data', 'fsdp', 'context', 'tensor')
+ROLLOUT_AXES = ('data', 'tensor')
+
+# logical axis -> mesh axes. Residuals are sequence-sharded over `context`; attention is heads-sharded over (tensor, context).
+TRAIN_TABLE = {
+    'batch': ('data', 'fsdp'),
+    'sequence': 'context',
+    'embed': 'fsdp',
+    'vocab': 'tensor',
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'mlp': 'tensor',
+    'attention_heads': ('tensor', 'context'),
+}
+# Rollout keeps whole layers on each data replica: decoding would otherwise gather every weight for every token.
+ROLLOUT_TABLE = {
+    'batch': 'data',
+    'vocab': 'tensor',
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'mlp': 'tensor',
+    'attention_heads': 'tensor',
+}
+TABLES = {TRAIN_AXES: TRAIN_TABLE, ROLLOUT_AXES: ROLLOUT_TABLE}
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class MeshConfig:
+    """Sizes of the training mesh axes; at most one may be -1 (all remaining devices).
+
+    Attributes:
+      data: replicas (parameters are copied, gradients summed).
+      fsdp: batch and parameters are both sharded.
+      context: positions of a row are sharded, for rows that do not fit one device.
+      tensor: heads, mlp and vocabulary are sharded.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Training mesh over `devices` (all by default), Explicit in every axis. Raises ValueError if the sizes do not fit."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(cfg, axis) for axis in TRAIN_AXES]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f'mesh sizes must be positive, with at most one -1: {cfg}')
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f'mesh {dict(zip(TRAIN_AXES, sizes, strict=True))} needs {math.prod(sizes)} devices, but there are '
+                         f'{len(devices)}; set config.mesh so that its product is {len(devices)}')
+    return _explicit_mesh(sizes, TRAIN_AXES, devices)
+
+
+def make_rollout_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Rollout mesh over the first data * tensor of `devices`: slots over `data`, heads over `tensor`."""
+    devices = jax.devices() if devices is None else devices
+    if data * tensor > len(devices):
+        raise ValueError(f'rollout mesh {data}x{tensor} needs {data * tensor} devices, but there are {len(devices)}')
+    return _explicit_mesh((data, tensor), ROLLOUT_AXES, devices[: data * tensor])
+
+
+def _explicit_mesh(sizes: Sequence[int], axes: Sequence[str], devices: Sequence[jax.Device]) -> Mesh:
+    return jax.make_mesh(tuple(sizes), tuple(axes), axis_types=(AxisType.Explicit,) * len(axes), devices=devices)
+
+
+def spec(*names: str | None) -> PartitionSpec:
+    """PartitionSpec of an array whose dimensions have these logical names, under the mesh in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError('no mesh is set: wrap the call in `with jax.set_mesh(make_mesh(MeshConfig())):`')
+    table = TABLES[mesh.axis_names]
+    return PartitionSpec(*[table.get(name) if name else None for name in names])
+
+
+def axis_size(name: str) -> int:
+    """Number of shards of a logical axis under the mesh in force."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), spec(name)[0]
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def shardings_of(tree, mesh: Mesh):
+    """Concrete NamedShardings of a tree of arrays or ShapeDtypeStructs made under `jax.set_mesh(mesh)`."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec), tree)
+
+
+def put(tree, mesh: Mesh, *names: str | None):
+    """Places host arrays, the same on every process, as global arrays whose dimensions have these logical names."""
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, spec(*names))
+
+    def place(leaf):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(place, tree)

@@ -1,0 +1,27 @@
+"""Tiny models and tokenizers for tests of this project and of its forks."""
+
+import dataclasses
+import os
+import pathlib
+
+from qedjax.model.config import ModelConfig
+
+# (family, tied, head_dim apart from D / N): one config of each kind that conversion and parity must handle.
+_TINY = ModelConfig(vocab_size=320, embed_dim=32, mlp_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e6,
+                    max_positions=4096, dtype='float32', attention_block=16, remat='none')
+
+
+def tiny_config(family: str = 'qwen3', **changes) -> ModelConfig:
+    """A model of about 40k parameters; head_dim is not D / N, and V exceeds the tokenizer's ids. `changes` replace fields."""
+    kinds = {'qwen3': {}, 'qwen2': {'qk_norm': False, 'qkv_bias': True}, 'llama': {'qk_norm': False, 'tie_embeddings': False}}
+    return dataclasses.replace(_TINY, family=family, **(kinds[family] | changes))
+
+
+def shared_data() -> pathlib.Path:
+    """Folder of real problems, proofs and tokenizers (QEDJAX_SHARED, or ../shared beside the repository); skips the test if absent."""
+    import pytest
+
+    folder = pathlib.Path(os.environ.get('QEDJAX_SHARED', pathlib.Path(__file__).parents[2] / 'shared')) / 'data'
+    if not folder.is_dir():
+        pytest.skip(f'no real data at {folder}')
+    return folder
