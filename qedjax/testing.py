@@ -7,7 +7,7 @@ import pathlib
 from qedjax.model.config import ModelConfig
 
 # (family, tied, head_dim apart from D / N): one config of each kind that conversion and parity must handle.
-_TINY = ModelConfig(vocab_size=320, embed_dim=32, mlp_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e6,
+_TINY = ModelConfig(vocab_size=320, embed_dim=32, mlp_dim=64, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, rope_theta=1e6,
                     max_positions=4096, dtype='float32', attention_block=16, remat='none')
 
 

@@ -1,0 +1,2 @@
+def attend(q, k, v, segment_ids, block):
+    raise ValueError('pending')
