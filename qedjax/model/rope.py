@@ -12,10 +12,11 @@ from qedjax.model.config import ModelConfig, RopeScaling
 def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
     """Inverse frequencies [H/2] (radians a position, float32) and the factor on cos and sin.
 
-    Computed in float64 and rounded once: at position 262,144 an error of the frequency is multiplied by that much.
+    Periods are rounded to float32 before anything else is done to them, as in the code that published weights were trained with: at
+    position 262,144 the last bit of a frequency is 0.02 radians.
     """
     half = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
-    inverse = cfg.rope_theta**-half
+    inverse = 1 / (cfg.rope_theta**half).astype(np.float32)
     scaling, factor = cfg.rope_scaling, 1.0
     if scaling.kind == 'linear':
         inverse = inverse / scaling.factor
@@ -23,7 +24,7 @@ def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
         inverse = _llama3(inverse, scaling)
     elif scaling.kind == 'yarn':
         inverse, factor = _yarn(inverse, cfg)
-    return inverse.astype(np.float32), factor
+    return inverse, factor
 
 
 def _llama3(inverse: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -47,11 +48,11 @@ def _yarn(inverse: np.ndarray, cfg: ModelConfig) -> tuple[np.ndarray, float]:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, cfg.head_dim - 1)
-    ramp = np.clip((np.arange(cfg.head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    keep = 1 - np.clip((np.arange(cfg.head_dim // 2, dtype=np.float32) - low) / max(high - low, 1e-3), 0.0, 1.0)
     factor = scaling.attention_factor
     if factor is None:
         factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return inverse / scaling.factor * ramp + inverse * (1 - ramp), factor
+    return inverse / scaling.factor * (1 - keep) + inverse * keep, factor
 
 
 def rope_angles(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
