@@ -96,9 +96,23 @@ def axis_size(name: str) -> int:
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
-def shardings_of(tree, mesh: Mesh):
-    """Concrete NamedShardings of a tree of arrays or ShapeDtypeStructs made under `jax.set_mesh(mesh)`."""
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec), tree)
+def abstract(make, mesh: Mesh):
+    """Shapes, dtypes and concrete NamedShardings of what `make()` returns under `mesh`: the target of a restore; nothing is computed."""
+    with jax.set_mesh(mesh):
+        tree = jax.eval_shape(make)
+
+    def concrete(leaf):
+        partition = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition))
+
+    return jax.tree.map(concrete, tree)
+
+
+def create(make, mesh: Mesh):
+    """`make()` compiled under `mesh`: every array is made in the sharding that `abstract` tells, never gathered on one device."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(make, mesh))
+    with jax.set_mesh(mesh):
+        return jax.jit(make, out_shardings=shardings)()
 
 
 def put(tree, mesh: Mesh, *names: str | None):

@@ -1,0 +1,106 @@
+"""The train state and the one compiled step: accumulation, global normalisation, clipping, and what happens to a NaN."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from qedjax.model.transformer import Transformer
+from qedjax.sharding import put
+from qedjax.train.optimizer import apply_updates, to_float32
+from qedjax.types import TrainBatch
+
+# loss_fn(model, micro_batch) -> (sum of weighted losses, sums of metrics); both are divided by the weight of the whole batch.
+LossFn = Callable[[Transformer, TrainBatch], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+      step: batches consumed; also the position in the data.
+      model, opt_state: parameters and the optimizer's state.
+      skipped: updates skipped in all because the loss or the gradient was not finite.
+      skipped_in_a_row: the latest of those without a good step since.
+    """
+
+    step: jax.Array
+    model: Transformer
+    opt_state: optax.OptState
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state around a model. Call it inside jit (see sharding.create), so that the optimizer's state is sharded at birth."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, model, optimizer.init(to_float32(model)), zero, zero)
+
+
+def place_batch(batch: TrainBatch, mesh: Mesh, accumulation: int) -> TrainBatch:
+    """Host batch [B, T] -> global arrays [A, B / A, T], rows of each micro-batch spread over the data axes."""
+    micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, x.shape[-1]), batch)
+    return put(micro, mesh, None, 'batch', 'sequence')
+
+
+def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, key: jax.Array):
+    """Builds step(state, batch) -> (state, metrics); jitted, and the old state's buffers are reused.
+
+    Args:
+      loss_fn: sums over one micro-batch.
+      optimizer: from make_optimizer.
+      clip_norm: global gradient norm to clip to; 0 is off.
+      key: run key; stochastic rounding folds the step into it.
+
+    The batch is [A, B, T]. Loss and gradient are divided once, by the weight of all A x B rows, so they do not depend on how rows are
+    spread over micro-batches and devices. A step with a non-finite loss or gradient, or without any weight, changes nothing but the
+    counters; the first kind is counted as skipped.
+    """
+
+    def gradients(model, batch, total):
+        def micro(rows):
+            value, grads = jax.value_and_grad(loss_fn, has_aux=True)(model, rows)
+            return value, to_float32(grads)
+
+        like = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], batch))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), like)
+        sums, _ = jax.lax.scan(lambda carry, rows: (jax.tree.map(jnp.add, carry, micro(rows)), None), zeros, batch)
+        (loss, metrics), grads = jax.tree.map(lambda x: x / total, sums)
+        return loss, metrics, grads
+
+    def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        weight = batch.weights.sum()
+        loss, metrics, grads = gradients(state.model, batch, jnp.maximum(weight, 1e-6))
+        norm = optax.tree.norm(grads)
+        if clip_norm:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)), grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, to_float32(state.model))
+        model = apply_updates(state.model, updates, jax.random.fold_in(key, state.step))
+        keep = finite & (weight > 0)
+        model, opt_state = jax.tree.map(lambda new, old: jnp.where(keep, new, old), (model, opt_state), (state.model, state.opt_state))
+        bad = (~finite).astype(jnp.int32)
+        state = TrainState(state.step + 1, model, opt_state, state.skipped + bad, (state.skipped_in_a_row + 1) * bad)
+        return state, metrics | {'loss': loss, 'grad_norm': norm, 'weight': weight, 'skipped': state.skipped,
+                                 'skipped_in_a_row': state.skipped_in_a_row}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(loss_fn: LossFn):
+    """Builds eval_step(model, batch [A, B, T]) -> sums of loss and metrics, and the weight to divide them by."""
+
+    def step(model: nnx.Module, batch: TrainBatch) -> dict[str, jax.Array]:
+        def micro(_, rows):
+            loss, metrics = loss_fn(model, rows)
+            return None, metrics | {'loss': loss, 'weight': rows.weights.sum()}
+
+        return jax.tree.map(lambda x: x.sum(), jax.lax.scan(micro, None, batch)[1])
+
+    return jax.jit(step)
