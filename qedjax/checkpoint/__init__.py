@@ -1,0 +1,1 @@
+"""Saving and loading: step checkpoints of a run, and weights from and to Hugging Face folders."""
