@@ -9,10 +9,11 @@ Arrays are stored raw: weights hardly compress, and the bytes then go from the a
 """
 
 import contextlib
+import gc
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -37,18 +38,19 @@ class CheckpointError(RuntimeError):
 
 
 def save_tree(path: epath.PathLike, tree, metadata: Mapping[str, Any]) -> None:
-    """Writes one checkpoint and returns when it is on disk; peak memory is the tree, plus 1 GB or its largest array.
+    """Writes one checkpoint and returns when it is on disk, holding less than 1 GB besides the tree on the way.
 
-    Large arrays are cut into chunks, since whoever reads them may be sharded otherwise.
+    Large arrays are cut into files of 128 MiB, since whoever reads them may be sharded otherwise.
     Raises ValueError if `path` exists, CheckpointError if it cannot be written.
     """
     path = epath.Path(path).absolute()
     if path.exists():
         raise ValueError(f'{path} already exists; give a new folder or delete it first')
     manifest = _manifest(tree, metadata)
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, save_device_host_concurrent_gb=1)
-    seal = ocp.options.AsyncOptions(post_finalization_callback=lambda: _seal(path, manifest))
-    with _explained(path), contextlib.closing(ocp.AsyncCheckpointer(handler, async_options=seal)) as writer:
+    # Cut arrays are copied as they are written; a file a chunk and a bound of one array keep few copies alive.
+    bound = max(map(_nbytes, manifest['arrays'].values()), default=0) // 10**9 + 1
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, save_concurrent_gb=bound)
+    with _explained(path), contextlib.closing(_writer(handler, lambda: _seal(path, manifest))) as writer:
         writer.save(path, args=_save_args(tree, _CHUNK_BYTES))
         writer.wait_until_finished()
 
@@ -77,7 +79,7 @@ def restore_subtree(path: epath.PathLike, abstract, key: str = 'model'):
 
 
 def read_manifest(path: epath.PathLike) -> dict[str, Any]:
-    """Contents of the manifest: 'metadata', 'metric', 'arrays', 'files'. Raises ValueError if a folder is incomplete."""
+    """The manifest: 'metadata', 'metric', 'arrays' and 'files'. Raises ValueError if the folder is incomplete."""
     if reason := problem(path):
         raise ValueError(f'{path} is not a complete checkpoint: {reason}')
     return json.loads((epath.Path(path) / MANIFEST).read_text())
@@ -122,11 +124,13 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     path = epath.Path(path)
     if (path / MANIFEST).exists():
         return path
+    reasons = ''
     for directory in (path, path / 'checkpoints'):
         steps, skipped = scan(directory)
         if steps:
             return directory / str(max(steps))
-    raise ValueError(f'no complete checkpoint in {path}{_listed(skipped)}')
+        reasons += _listed(skipped)
+    raise ValueError(f'no complete checkpoint in {path}{reasons}')
 
 
 # The checkpoints of a run
@@ -167,9 +171,7 @@ class Checkpointer:
         for name, reason in skipped.items():
             logging.warning('%s: skipped (%s)', self.directory / name, reason)
         self._open(mode, skipped)
-        self._writer = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(use_compression=False),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal))
+        self._writer = _writer(ocp.PyTreeCheckpointHandler(use_compression=False), self._seal)
 
     def _open(self, mode: str, skipped: Mapping[str, str]) -> None:
         taken = [str(step) for step in self.steps] + [name for name in skipped if name.isdecimal()]
@@ -215,9 +217,10 @@ class Checkpointer:
         path = self.path(step)
         if not self.directory.is_dir():
             raise CheckpointError(f'could not write {path}: {self.directory} was deleted')
-        self._saving = step, manifest
+        self._sealing = step, manifest
         with _explained(path):
             self._writer.save(path, args=_save_args(tree), force=True)
+        self._saving = self._sealing
 
     def wait(self) -> None:
         """Waits for the save in progress, then deletes old steps. Raises CheckpointError if the save failed."""
@@ -225,10 +228,9 @@ class Checkpointer:
             return
         step, manifest = self._saving
         with _explained(self.path(step)):
-            try:
-                self._writer.wait_until_finished()
-            finally:
-                self._saving = None
+            self._saving = None
+            self._writer.wait_until_finished()
+            read_manifest(self.path(step))  # only a step proven complete lets older ones go
         self.steps[step] = manifest['metric']
         self._prune()
 
@@ -256,7 +258,7 @@ class Checkpointer:
         self.close()
 
     def _seal(self) -> None:
-        step, manifest = self._saving
+        step, manifest = self._sealing
         _seal(self.path(step), manifest)
 
     def _prune(self) -> None:
@@ -300,6 +302,12 @@ def _save_args(tree, chunk_bytes: int | None = None) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(flat, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), flat))
 
 
+def _writer(handler: ocp.PyTreeCheckpointHandler, seal: Callable[[], None]) -> ocp.AsyncCheckpointer:
+    # Folders made in the background would make every thread of a failed save wait minutes for the folder, even at exit.
+    return ocp.AsyncCheckpointer(handler, async_options=ocp.options.AsyncOptions(
+        post_finalization_callback=seal, create_directories_asynchronously=False))
+
+
 def _seal(path: epath.Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest of a finished save; Orbax calls it (on one process) just before the folder gets its name."""
     tmp = path.parent / f'{path.name}{TMP_SUFFIX}'
@@ -323,13 +331,31 @@ def _restore(path: epath.PathLike, abstract, prefix: str, cast: bool):
     for name, leaf in zip(names, leaves, strict=True):
         _check(path, name, saved.get(name), leaf, cast)
     items = dict(zip(names, (_restore_args(leaf) for leaf in leaves), strict=True))
-    largest = max(math.prod(saved[name]['shape']) * jnp.dtype(saved[name]['dtype']).itemsize for name in names)
-    # Bounds the bytes in flight; Orbax refuses a bound below its largest read.
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=largest // 10**9 + 1)
-    args = ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=items, partial_restore=True)
-    restored = handler.restore(epath.Path(path).absolute(), args=args)
+    handler, restored = ocp.PyTreeCheckpointHandler(), {}
+    for batch in _batches(names, saved):
+        args = ocp.args.PyTreeRestore(
+            item=dict.fromkeys(batch, 0), restore_args={name: items[name] for name in batch}, partial_restore=True)
+        restored |= jax.block_until_ready(handler.restore(epath.Path(path).absolute(), args=args))
+        gc.collect()  # JAX frees the host buffers of finished transfers only here
     values = [_like(leaf, restored[name]) for name, leaf in zip(names, leaves, strict=True)]
     return jax.tree.unflatten(structure, values)
+
+
+def _batches(names: list[str], arrays: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Names in groups of about 1 GB for each process, so that little beside the result is in memory at any time."""
+    batch, size = [], 0
+    for name in names:
+        if batch and size + _nbytes(arrays[name]) > jax.process_count() * 10**9:
+            yield batch
+            batch, size = [], 0
+        batch.append(name)
+        size += _nbytes(arrays[name])
+    if batch:
+        yield batch
+
+
+def _nbytes(array: Mapping[str, Any]) -> int:
+    return math.prod(array['shape']) * jnp.dtype(array['dtype']).itemsize
 
 
 def _check(path, name: str, saved: Mapping[str, Any] | None, leaf, cast: bool) -> None:
