@@ -1,6 +1,7 @@
 """Checkpoints: exact restore on any mesh, damage named and skipped, failed saves loud, nothing good ever deleted."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -302,6 +304,9 @@ def test_killed_at_random_moments(tmp_path):
 
 # Failing saves (B68)
 
+# Orbax abandons the other writes of a save that fails, and Python reports those when they are collected.
+abandoned = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
 
 def writes(directory, steps):
     with Checkpointer(directory, {}, keep=1) as ckpt:
@@ -318,9 +323,11 @@ def small_disk(tmp_path):
     if made.returncode:
         pytest.skip('needs to mount a tmpfs')
     yield folder
+    gc.collect()
     subprocess.run(['umount', '-l', folder], check=True)
 
 
+@abandoned
 def test_disk_full(small_disk):
     run_folder = small_disk / 'run'
     writes(run_folder, [1])
@@ -341,6 +348,7 @@ def test_disk_full(small_disk):
     assert os.listdir(run_folder) == ['3']
 
 
+@abandoned
 def test_read_only_disk(small_disk):
     writes(small_disk / 'run', [1])
     subprocess.run(['mount', '-o', 'remount,ro', small_disk], check=True)
@@ -377,6 +385,47 @@ with Checkpointer(sys.argv[1], {}, keep=1) as ckpt:
     assert f'CheckpointError: could not write {tmp_path}/2 (' in errors
     assert os.listdir(tmp_path) == ['1']
     assert manager.problem(tmp_path / '1') is None
+
+
+# Several processes
+
+
+@pytest.mark.multiprocess
+def test_two_processes_save_and_restore(tmp_path):
+    """Each of two processes writes its shards; the step is complete for both, and restores here, on one process."""
+    code = '''
+import sys
+import jax, jax.numpy as jnp, numpy as np
+port, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+jax.config.update('jax_num_cpu_devices', 2)
+jax.distributed.initialize(f'localhost:{port}', num_processes=2, process_id=process)
+from qedjax.checkpoint.manager import Checkpointer
+sharding = jax.NamedSharding(jax.make_mesh((4,), ('fsdp',)), jax.P('fsdp'))
+tree = {'x': jax.make_array_from_callback((8, 8), sharding, lambda index: np.arange(64.0).reshape(8, 8)[index])}
+for step in (1, 2, 3):
+    with Checkpointer(folder, {}, keep=1) as ckpt:
+        if step > 1:
+            tree, metadata, found = ckpt.restore(tree)
+            assert (found, metadata['n']) == (step - 1, step - 1), found
+        ckpt.save(step, tree, {'n': step})
+try:
+    Checkpointer(f'{folder}/own' if process else folder, {})
+except AssertionError as error:
+    assert 'must be on a shared disk' in str(error), error
+else:
+    raise SystemExit('a disk that is not shared went unnoticed')
+'''
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    processes = [run(code, port, process, tmp_path) for process in range(2)]
+    for process in processes:
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, errors
+    assert sorted(os.listdir(tmp_path)) == ['3', 'own']
+    tree = manager.restore_tree(tmp_path / '3', {'x': jax.ShapeDtypeStruct((8, 8), jnp.float32)})
+    np.testing.assert_array_equal(tree['x'], np.arange(64).reshape(8, 8))
 
 
 # Retention and runs (B69)
@@ -416,6 +465,19 @@ def test_runs_are_not_mixed(tmp_path):
             ckpt.restore(tree)
         ckpt.save(100, tree, {})
     assert os.listdir(tmp_path) == ['100']
+
+
+def test_deleting_a_linked_step_keeps_its_target(tmp_path):
+    save_steps(tmp_path / 'other', [1], {'x': jnp.ones(2)})
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/1').symlink_to(tmp_path / 'other/1')
+    (tmp_path / 'run/7').write_text('x')
+    (tmp_path / 'run/007').mkdir()
+    save_steps(tmp_path / 'run', [2, 3], {'x': jnp.ones(2)})
+    assert sorted(os.listdir(tmp_path / 'run')) == ['007', '2', '3', '7']
+    save_steps(tmp_path / 'run', [4], {'x': jnp.ones(2)}, mode='overwrite')
+    assert sorted(os.listdir(tmp_path / 'run')) == ['007', '4']
+    assert manager.problem(tmp_path / 'other/1') is None
 
 
 def test_errors_before_anything_is_written(tmp_path):

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 MANIFEST = 'manifest.json'
 TMP_SUFFIX = '.orbax-checkpoint-tmp'
@@ -32,9 +34,6 @@ _CHUNK_BYTES = 128 << 20
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; earlier ones are untouched."""
-
-
-# One checkpoint folder
 
 
 def save_tree(path: epath.PathLike, tree, metadata: Mapping[str, Any]) -> None:
@@ -111,7 +110,7 @@ def scan(directory: epath.PathLike) -> tuple[dict[int, float | None], dict[str, 
     directory = epath.Path(directory)
     steps, skipped = {}, {}
     for path in directory.iterdir() if directory.is_dir() else ():
-        reason = problem(path) if path.name.isdecimal() or path.name.endswith(TMP_SUFFIX) else 'not a step'
+        reason = problem(path) if _is_step(path.name) or path.name.endswith(TMP_SUFFIX) else 'not a step'
         if reason:
             skipped[path.name] = reason
         else:
@@ -131,9 +130,6 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
             return directory / str(max(steps))
         reasons += _listed(skipped)
     raise ValueError(f'no complete checkpoint in {path}{reasons}')
-
-
-# The checkpoints of a run
 
 
 class Checkpointer:
@@ -163,18 +159,20 @@ class Checkpointer:
         self.directory = epath.Path(directory).absolute()
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._keep, self._keep_every, self._best = keep, keep_every, best
-        self._saving: tuple[int, dict] | None = None
+        self._saving: int | None = None  # a step not yet waited for
         with _explained(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         self.steps, skipped = scan(self.directory)
+        multihost_utils.assert_equal(np.int32(max(self.steps, default=-1)),
+                                     f'processes see different steps in {self.directory}; it must be on a shared disk')
         self._leftovers = [name for name in skipped if name.endswith(TMP_SUFFIX)]
         for name, reason in skipped.items():
             logging.warning('%s: skipped (%s)', self.directory / name, reason)
         self._open(mode, skipped)
-        self._writer = _writer(ocp.PyTreeCheckpointHandler(use_compression=False), self._seal)
+        self._writer = _writer(ocp.PyTreeCheckpointHandler(use_compression=False), lambda: _seal(*self._sealing))
 
     def _open(self, mode: str, skipped: Mapping[str, str]) -> None:
-        taken = [str(step) for step in self.steps] + [name for name in skipped if name.isdecimal()]
+        taken = [str(step) for step in self.steps] + [name for name in skipped if _is_step(name)]
         if mode == 'fresh' and taken:
             raise ValueError(f'{self.directory} already holds steps {", ".join(taken)}; resume that run, '
                              'choose another workdir, or overwrite')
@@ -217,21 +215,20 @@ class Checkpointer:
         path = self.path(step)
         if not self.directory.is_dir():
             raise CheckpointError(f'could not write {path}: {self.directory} was deleted')
-        self._sealing = step, manifest
+        self._sealing = path, manifest
+        self._leftovers.append(f'{step}{TMP_SUFFIX}')  # there only if this save fails
         with _explained(path):
             self._writer.save(path, args=_save_args(tree), force=True)
-        self._saving = self._sealing
+        self._saving = step
 
     def wait(self) -> None:
         """Waits for the save in progress, then deletes old steps. Raises CheckpointError if the save failed."""
         if self._saving is None:
             return
-        step, manifest = self._saving
+        step, self._saving = self._saving, None
         with _explained(self.path(step)):
-            self._saving = None
             self._writer.wait_until_finished()
-            read_manifest(self.path(step))  # only a step proven complete lets older ones go
-        self.steps[step] = manifest['metric']
+            self.steps[step] = read_manifest(self.path(step))['metric']  # only a complete step lets older ones go
         self._prune()
 
     def restore(self, abstract, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
@@ -257,24 +254,20 @@ class Checkpointer:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _seal(self) -> None:
-        step, manifest = self._sealing
-        _seal(self.path(step), manifest)
-
     def _prune(self) -> None:
         """Deletes what retention drops and what killed saves left behind; called only when a newer step is on disk."""
         kept = {*sorted(self.steps)[-self._keep:], self.best_step()}
         kept |= {step for step in self.steps if self._keep_every and step % self._keep_every == 0}
         dropped = [step for step in self.steps if step not in kept]
-        if jax.process_index() == 0:
-            for name in [*map(str, dropped), *self._leftovers]:
-                _delete(self.directory / name)
+        for name in [*map(str, dropped), *self._leftovers]:
+            _delete(self.directory / name)
         self._leftovers = []
         for step in dropped:
             del self.steps[step]
 
 
-# Parts
+def _is_step(name: str) -> bool:
+    return name.isdecimal() and str(int(name)) == name
 
 
 def _flatten(tree) -> tuple[list[str], list, Any]:
@@ -337,7 +330,8 @@ def _restore(path: epath.PathLike, abstract, prefix: str, cast: bool):
             item=dict.fromkeys(batch, 0), restore_args={name: items[name] for name in batch}, partial_restore=True)
         restored |= jax.block_until_ready(handler.restore(epath.Path(path).absolute(), args=args))
         gc.collect()  # JAX frees the host buffers of finished transfers only here
-    values = [_like(leaf, restored[name]) for name, leaf in zip(names, leaves, strict=True)]
+    values = [type(leaf)(restored[name].item()) if isinstance(leaf, (int, float)) else restored[name]
+              for name, leaf in zip(names, leaves, strict=True)]
     return jax.tree.unflatten(structure, values)
 
 
@@ -376,14 +370,15 @@ def _restore_args(leaf) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
-def _like(leaf, value):
-    return type(leaf)(value.item()) if isinstance(leaf, (bool, int, float)) else value
-
-
 def _delete(path: epath.Path) -> None:
-    """Deletes a folder so that a half-deleted one is never taken for a checkpoint."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    path.rmtree(missing_ok=True)
+    """Deletes a folder, on one process, so that a half-deleted one is never taken for a checkpoint."""
+    if jax.process_index() != 0:
+        return
+    if os.path.islink(path) or os.path.isfile(path):
+        path.unlink()  # never what a link points to
+    else:
+        (path / MANIFEST).unlink(missing_ok=True)
+        path.rmtree(missing_ok=True)
 
 
 def _difference(old, new, name: str = 'fingerprint') -> str | None:
@@ -405,6 +400,6 @@ def _explained(path: epath.Path) -> Iterator[None]:
         yield
     except Exception as error:
         shutil.rmtree(f'{path}{TMP_SUFFIX}', ignore_errors=True)
-        place = next((parent for parent in (path, *path.parents) if parent.exists()), None)
+        place = next((parent for parent in (path, *path.parents) if os.path.exists(parent)), None)
         free = f'{shutil.disk_usage(place).free / 1e9:.3f} GB free' if place else 'free space unknown'
         raise CheckpointError(f'could not write {path} ({free}): {error}') from error
