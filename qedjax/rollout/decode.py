@@ -1,0 +1,156 @@
+"""A plain sampler: one jitted prefill and one jitted decode loop over a dense KV cache. Small on purpose: no scheduling.
+
+Prompts are sorted by length and run in batches of a fixed number of rows; lengths are padded up to a few buckets, so the number of
+compiled shapes does not grow with traffic.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qedjax.model.cache import KVCache
+from qedjax.model.transformer import Transformer
+from qedjax.rollout.sampling import sample, token_keys
+from qedjax.sharding import axis_size, spec
+from qedjax.types import SamplingParams
+
+BUCKET = 64  # prompt lengths are padded to BUCKET times a power of two
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """A batch of requests on device, one a row: sampling parameters, stop ids [B, n] (padded with -2) and sample indices."""
+
+    temperature: jax.Array
+    max_tokens: jax.Array
+    seeds: jax.Array
+    samples: jax.Array
+    stop_ids: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Carry of the decode loop: tokens drawn so far [B, S], their log-probs, rows still going, the last hidden states and the cache."""
+
+    count: jax.Array
+    ids: jax.Array
+    logprobs: jax.Array
+    active: jax.Array
+    hidden: jax.Array
+    cache: KVCache
+
+
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, num_valid: int, batch: int = 16,
+             samples: Sequence[int] | None = None, progress: Callable[[int], None] = lambda done: None):
+    """Samples one completion a prompt; call it under `jax.set_mesh`.
+
+    Args:
+      prompts: token ids of each prompt.
+      params: sampling parameters of each prompt.
+      num_valid: ids that the tokenizer can decode.
+      batch: rows decoded together; a multiple of the mesh's data shards.
+      samples: sample index of each prompt (default 0): samples of one prompt with one seed differ by it.
+      progress: called with the number of finished prompts.
+
+    Returns: (ids, logprobs, finish_reason) a prompt, in order. Raises ValueError for an empty prompt, or one that does not fit the model.
+    """
+    _check(model, prompts, params, num_valid)
+    batch = -(-batch // axis_size('batch')) * axis_size('batch')
+    samples = [0] * len(prompts) if samples is None else samples
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), params[i].max_tokens))
+    results: list = [None] * len(prompts)
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        for row, result in zip(rows, _run_batch(model, rows, prompts, params, samples, num_valid, batch), strict=True):
+            results[row] = result
+        progress(min(start + batch, len(order)))
+    return results
+
+
+def _check(model, prompts, params, num_valid) -> None:
+    if not 0 < num_valid <= model.cfg.vocab_size:
+        raise ValueError(f'the tokenizer has {num_valid} ids, but the model has only {model.cfg.vocab_size} rows')
+    for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        if not prompt:
+            raise ValueError(f'prompt {i} is empty: give it at least one token')
+        if p.max_tokens < 1 or p.temperature < 0 or not 0 <= p.seed < 2**32:
+            raise ValueError(f'prompt {i}: max_tokens must be positive, temperature at least 0 and seed in [0, 2^32): {p}')
+        if len(prompt) + p.max_tokens > model.cfg.max_positions:
+            raise ValueError(f'prompt {i} has {len(prompt)} tokens and asks for {p.max_tokens} more, but the model has '
+                             f'{model.cfg.max_positions} positions')
+
+
+def _bucket(length: int) -> int:
+    return BUCKET * 2 ** max(0, int(np.ceil(np.log2(length / BUCKET))))
+
+
+def _run_batch(model, rows, prompts, params, samples, num_valid, batch):
+    """One batch; rows that are missing are copies of the first that stop after one token."""
+    fill = [rows[0]] * (batch - len(rows))
+    every = [*rows, *fill]
+    width = _bucket(max(len(prompts[i]) for i in rows))
+    budget = _bucket(max(params[i].max_tokens for i in rows))
+    tokens, lengths = np.zeros((batch, width), np.int32), np.array([len(prompts[i]) for i in every], np.int32)
+    stops = np.full((batch, max(1, *(len(params[i].stop_ids) for i in rows))), -2, np.int32)
+    for row, i in enumerate(every):
+        tokens[row, : lengths[row]] = prompts[i]
+        stops[row, : len(params[i].stop_ids)] = params[i].stop_ids
+    requests = Requests(
+        np.array([params[i].temperature for i in every], np.float32),
+        np.array([params[i].max_tokens for i in rows] + [1] * len(fill), np.int32),
+        np.array([params[i].seed for i in every], np.uint32), np.array([samples[i] for i in every], np.int32), stops)
+    count, ids, logprobs = jax.device_get(_complete(model, tokens, lengths, requests, budget=budget, num_valid=num_valid))
+    return [_cut(ids[row, : count[row]], logprobs[row, : count[row]], params[i]) for row, i in enumerate(rows)]
+
+
+def _cut(ids, logprobs, params):
+    """Host view of one row: (ids, log-probs, finish reason)."""
+    if ids[-1] < 0:
+        return tuple(ids[:-1].tolist()), tuple(logprobs[:-1].tolist()), 'error'
+    return tuple(ids.tolist()), tuple(logprobs.tolist()), 'stop' if ids[-1] in params.stop_ids else 'length'
+
+
+def _prefill(model: Transformer, tokens: jax.Array, lengths: jax.Array, budget: int) -> Loop:
+    """Runs right-padded prompts [B, T]; slots past a prompt's end hold garbage that decoding overwrites before it looks."""
+    B, T = tokens.shape
+    positions = jax.reshard(jnp.broadcast_to(jnp.arange(T), (B, T)), spec('batch', 'sequence'))
+    hidden, cache = model.decode(tokens, positions, KVCache.create(model.cfg, B, T + budget))
+    hidden = jax.reshard(hidden, spec('batch', None, None))
+    last = jnp.sum(jnp.where((jnp.arange(T) == lengths[:, None] - 1)[..., None], hidden, 0), axis=1)
+    ids = jnp.full((B, budget), -1, jnp.int32, out_sharding=spec('batch', None))
+    return Loop(jnp.zeros(B, jnp.int32, out_sharding=spec('batch')), ids, ids.astype(jnp.float32),
+                jnp.ones(B, bool, out_sharding=spec('batch')), last, cache)
+
+
+@functools.partial(jax.jit, static_argnames=('budget', 'num_valid'))
+def _complete(model: Transformer, tokens: jax.Array, lengths: jax.Array, requests: Requests, budget: int, num_valid: int):
+    """Draws tokens until every row has stopped or spent its budget: (count [B], ids [B, budget], log-probs [B, budget])."""
+    lengths, requests = jax.tree.map(lambda x: jax.reshard(x, spec('batch')), (lengths, requests))
+    loop = _prefill(model, jax.reshard(tokens, spec('batch', 'sequence')), lengths, budget)
+    slots = jnp.arange(budget)
+
+    def draw(loop: Loop) -> tuple[Loop, jax.Array]:
+        logits = jax.reshard(model.logits(loop.hidden[:, None])[:, 0], spec('batch', None))
+        ids, logprobs = sample(logits, token_keys(requests.seeds, requests.samples, loop.count), requests.temperature, num_valid)
+        here = (slots == loop.count[:, None]) & loop.active[:, None]
+        stopped = (ids[:, None] == requests.stop_ids).any(-1) | (ids < 0)
+        count = loop.count + loop.active
+        loop = dataclasses.replace(loop, count=count, ids=jnp.where(here, ids[:, None], loop.ids),
+                                   logprobs=jnp.where(here, logprobs[:, None], loop.logprobs),
+                                   active=loop.active & ~stopped & (count < requests.max_tokens))
+        return loop, jnp.maximum(ids, 0)
+
+    def body(loop: Loop) -> Loop:
+        loop, ids = draw(loop)
+        positions = (lengths + loop.count - 1)[:, None]
+        hidden, cache = model.decode(jax.reshard(ids[:, None], spec('batch', None)), positions, loop.cache)
+        return dataclasses.replace(loop, hidden=hidden[:, 0], cache=cache)
+
+    loop = jax.lax.while_loop(lambda loop: loop.active.any(), body, loop)
+    return loop.count, loop.ids, loop.logprobs
