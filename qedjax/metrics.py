@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 import jax
-from tensorboardX import SummaryWriter
 
 _PACKAGES = ('qedjax', 'jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'transformers',
              'datasets', 'safetensors')
@@ -52,6 +51,8 @@ class MetricWriter:
         self._file = None
         if jax.process_index() != 0:
             return
+        from tensorboardX import SummaryWriter  # slow to import: it loads torch where torch is installed
+
         workdir = pathlib.Path(workdir).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / 'metrics.jsonl'

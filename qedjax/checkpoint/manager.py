@@ -94,10 +94,10 @@ def problem(path: epath.PathLike) -> str | None:
     if not (path / MANIFEST).exists():
         return f'no {MANIFEST}'
     try:
-        files = json.loads((path / MANIFEST).read_text())['files']
-    except (ValueError, KeyError, TypeError):
+        files = json.loads((path / MANIFEST).read_text())['files'].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f'{MANIFEST} is not readable'
-    for name, size in files.items():
+    for name, size in files:
         if not (path / name).exists():
             return f'file {name} is missing'
         if (found := (path / name).stat().length) != size:
@@ -132,7 +132,7 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     raise ValueError(f'no complete checkpoint in {path}{reasons}')
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Saves the steps of a run in the background, deletes old ones, and restores.
 
     Use it as a context manager: leaving it waits for the last save and raises if that failed.
@@ -248,9 +248,6 @@ class Checkpointer:
         finally:
             self._writer.close()
 
-    def __enter__(self) -> 'Checkpointer':
-        return self
-
     def __exit__(self, *exception) -> None:
         self.close()
 
@@ -258,12 +255,10 @@ class Checkpointer:
         """Deletes what retention drops and what killed saves left behind; called only when a newer step is on disk."""
         kept = {*sorted(self.steps)[-self._keep:], self.best_step()}
         kept |= {step for step in self.steps if self._keep_every and step % self._keep_every == 0}
-        dropped = [step for step in self.steps if step not in kept]
-        for name in [*map(str, dropped), *self._leftovers]:
+        for name in [*map(str, self.steps.keys() - kept), *self._leftovers]:
             _delete(self.directory / name)
+        self.steps = {step: metric for step, metric in self.steps.items() if step in kept}
         self._leftovers = []
-        for step in dropped:
-            del self.steps[step]
 
 
 def _is_step(name: str) -> bool:
@@ -291,8 +286,8 @@ def _dtype(leaf) -> str:
 def _save_args(tree, chunk_bytes: int | None = None) -> ocp.args.PyTreeSave:
     names, leaves, _ = _flatten(tree)
     leaves = [leaf if isinstance(leaf, jax.Array) else np.array(leaf) for leaf in leaves]
-    flat = dict(zip(names, leaves, strict=True))
-    return ocp.args.PyTreeSave(flat, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), flat))
+    save_args = dict.fromkeys(names, ocp.SaveArgs(chunk_byte_size=chunk_bytes))
+    return ocp.args.PyTreeSave(dict(zip(names, leaves, strict=True)), save_args=save_args)
 
 
 def _writer(handler: ocp.PyTreeCheckpointHandler, seal: Callable[[], None]) -> ocp.AsyncCheckpointer:
