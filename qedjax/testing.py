@@ -5,6 +5,8 @@ import os
 import pathlib
 
 import numpy as np
+import tokenizers
+import transformers
 
 from qedjax.model.config import ModelConfig
 from qedjax.types import TrainBatch
@@ -47,3 +49,70 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f'no real data at {folder}')
     return folder
+
+
+_SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
+_MARKUP = ('<think>', '</think>', '<tool_response>', '</tool_response>')
+_MERGES = (('\n', '\n'), ('t', 'h'), ('th', 'e'), (' ', 'the'), ('i', 'n'), ('.', '.'), ('.', '\n'))
+
+_PLAIN_TEMPLATE = """
+{%- for message in messages -%}
+<|im_start|>{{ message.role + '\n' + message.content }}<|im_end|>{{ '\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>{{ 'assistant\n' }}{%- endif -%}
+"""
+
+# Qwen3's behaviour: reasoning is written only after the last real query, so history loses its think blocks.
+_THINKING_TEMPLATE = """
+{%- set query = namespace(last=-1) -%}
+{%- for message in messages -%}
+  {%- set tool = message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>') -%}
+  {%- if message.role == 'user' and not tool -%}{%- set query.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\n' -}}
+  {%- set content, thought = message.content, message.reasoning_content -%}
+  {%- if message.role == 'assistant' and thought is not string -%}
+    {%- set thought = '' -%}
+    {%- if '</think>' in content -%}
+      {%- set before = content.split('</think>')[0] -%}
+      {%- set thought = before.split('<think>')[-1].strip('\n') -%}
+      {%- set content = content.split('</think>')[-1].lstrip('\n') -%}
+    {%- endif -%}
+  {%- endif -%}
+  {%- if message.role == 'assistant' and loop.index0 > query.last and (thought or loop.last) -%}
+    {{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') -}}
+  {%- else -%}
+    {{- content -}}
+  {%- endif -%}
+  {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{% GENERATION %}{%- endif -%}
+"""
+_GENERATION = {
+    'hybrid': "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+    'open': "{{ '<think>\n' }}",
+}
+
+
+def tiny_tokenizer(thinking: str = 'hybrid') -> transformers.PreTrainedTokenizerFast:
+    """Bytes, a few merges and Qwen3's control tokens: 270 ids, inside `tiny_config`'s 320 rows. Turns end with <|im_end|>.
+
+    `thinking` picks the chat template: 'hybrid' (enable_thinking=False puts an empty think block into the prompt), 'open'
+    (the prompt ends inside <think>) or 'none' (plain ChatML, reasoning ignored).
+    """
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    merges = [tuple(byte_level.pre_tokenize_str(part)[0][0] for part in pair) for pair in _MERGES]
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in merges]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(dict(zip(symbols, range(len(symbols)), strict=True)), merges))
+    backend.pre_tokenizer, backend.decoder = byte_level, tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in _SPECIAL])
+    backend.add_tokens([tokenizers.AddedToken(text, normalized=False, special=False) for text in _MARKUP])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token='<|im_end|>', pad_token='<|endoftext|>', clean_up_tokenization_spaces=False,
+        model_max_length=4096)
+    if thinking == 'none':
+        tokenizer.chat_template = _PLAIN_TEMPLATE.strip()
+    else:
+        tokenizer.chat_template = _THINKING_TEMPLATE.strip().replace('{% GENERATION %}', _GENERATION[thinking])
+    return tokenizer
