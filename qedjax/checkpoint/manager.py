@@ -64,8 +64,7 @@ def restore_tree(path: epath.PathLike, abstract):
 
     Raises ValueError that names the array if one is missing, left over, or has another shape or dtype.
     """
-    names, _, _ = _flatten(abstract)
-    extra = sorted(read_manifest(path)['arrays'].keys() - set(names))
+    extra = sorted(read_manifest(path)['arrays'].keys() - set(_flatten(abstract)[0]))
     if extra:
         raise ValueError(f'{path} holds {extra[0]!r} ({len(extra)} such arrays), which this run has no place for; '
                          'resume with the config that wrote it')
@@ -223,13 +222,12 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def wait(self) -> None:
         """Waits for the save in progress, then deletes old steps. Raises CheckpointError if the save failed."""
-        if self._saving is None:
-            return
         step, self._saving = self._saving, None
-        with _explained(self.path(step)):
-            self._writer.wait_until_finished()
-            self.steps[step] = read_manifest(self.path(step))['metric']  # only a complete step lets older ones go
-        self._prune()
+        if step is not None:
+            with _explained(self.path(step)):
+                self._writer.wait_until_finished()
+                self.steps[step] = read_manifest(self.path(step))['metric']  # only a complete step lets older ones go
+            self._prune()
 
     def restore(self, abstract, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
         """Tree (see `restore_tree`), metadata and number of a step, the newest complete one by default."""
@@ -286,8 +284,10 @@ def _dtype(leaf) -> str:
 def _save_args(tree, chunk_bytes: int | None = None) -> ocp.args.PyTreeSave:
     names, leaves, _ = _flatten(tree)
     leaves = [leaf if isinstance(leaf, jax.Array) else np.array(leaf) for leaf in leaves]
+    flat = dict(zip(names, leaves, strict=True))
     save_args = dict.fromkeys(names, ocp.SaveArgs(chunk_byte_size=chunk_bytes))
-    return ocp.args.PyTreeSave(dict(zip(names, leaves, strict=True)), save_args=save_args)
+    # File size 0: arrays are cut where `chunk_bytes` says and nowhere else, since each cut is a copy.
+    return ocp.args.PyTreeSave(flat, save_args=save_args, ocdbt_target_data_file_size=0)
 
 
 def _writer(handler: ocp.PyTreeCheckpointHandler, seal: Callable[[], None]) -> ocp.AsyncCheckpointer:
