@@ -27,7 +27,7 @@ def run_steps(batches, optimizer=SGD, mesh_config=None, devices=1, accumulation=
     with jax.set_mesh(mesh):
         tx = make_optimizer(optimizer, len(batches))
         state = create(lambda: init_state(Transformer(cfg, jax.random.key(0)), tx), mesh)
-        step = make_train_step(LOSS, tx, optimizer.clip_norm, jax.random.key(1))
+        step = make_train_step(LOSS, tx, optimizer.clip_norm, 1)
         history = []
         for batch in batches:
             state, metrics = step(state, place_batch(batch, mesh, accumulation))
@@ -126,7 +126,7 @@ def test_steps_that_are_not_finite_or_weightless_change_only_counters(batches):
     with jax.set_mesh(mesh):
         tx = make_optimizer(OptimizerConfig(), 10)
         state = create(lambda: init_state(Transformer(tiny_config(), jax.random.key(0)), tx), mesh)
-        step = make_train_step(poisoned_loss, tx, 1.0, jax.random.key(1))
+        step = make_train_step(poisoned_loss, tx, 1.0, 1)
         seen = []
         for batch in (good, bad, bad, empty, good):
             before = jax.tree.map(np.asarray, (state.model, state.opt_state))
@@ -160,7 +160,7 @@ def test_moments_are_sharded_like_their_parameters_from_birth():
     assert [m.sharding for m in moments] == [p.sharding for p in parameters] * 2
     largest = max(parameters, key=lambda p: p.size)
     assert largest.addressable_shards[0].data.size * 8 == largest.size
-    step = make_train_step(LOSS, tx, 1.0, jax.random.key(1))
+    step = make_train_step(LOSS, tx, 1.0, 1)
     with jax.set_mesh(mesh):
         before = [leaf.sharding for leaf in jax.tree.leaves(state)]
         after, _ = step(state, place_batch(random_batch(0, 8, 32), mesh, 1))

@@ -49,14 +49,14 @@ def place_batch(batch: TrainBatch, mesh: Mesh, accumulation: int) -> TrainBatch:
     return put(micro, mesh, None, 'batch', 'sequence')
 
 
-def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, key: jax.Array):
+def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, seed: int):
     """Builds step(state, batch) -> (state, metrics); jitted, and the old state's buffers are reused.
 
     Args:
       loss_fn: sums over one micro-batch.
       optimizer: from make_optimizer.
       clip_norm: global gradient norm to clip to; 0 is off.
-      key: run key; stochastic rounding folds the step into it.
+      seed: of the run; stochastic rounding folds the step into its key.
 
     The batch is [A, B, T]. Loss and gradient are divided once, by the weight of all A x B rows, so they do not depend on how rows are
     spread over micro-batches and devices. A step with a non-finite loss or gradient, or without any weight, changes nothing but the
@@ -82,7 +82,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, cl
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)), grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, to_float32(state.model))
-        model = apply_updates(state.model, updates, jax.random.fold_in(key, state.step))
+        model = apply_updates(state.model, updates, jax.random.fold_in(jax.random.key(seed), state.step))
         keep = finite & (weight > 0)
         model, opt_state = jax.tree.map(lambda new, old: jnp.where(keep, new, old), (model, opt_state), (state.model, state.opt_state))
         bad = (~finite).astype(jnp.int32)

@@ -1,0 +1,253 @@
+"""Supervised fine-tuning: packed rows in, checkpoints out. One loop, from flags to files.
+
+Order of a start: check the config, read and pack the data, open the workdir, then make or restore the state and compile. All that can be
+wrong with a flag, a path or a row is therefore said before anything is compiled.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from absl import logging
+
+from qedjax.checkpoint.load import copy_tokenizer, load_model, load_tokenizer, resolve_config
+from qedjax.checkpoint.manager import Checkpointer
+from qedjax.data.chat import encode_row, num_valid_ids, stop_ids
+from qedjax.data.loader import Loader
+from qedjax.data.sources import CHAT, PAIR, Source, read_rows
+from qedjax.metrics import MetricWriter, Progress, mfu, write_run_files
+from qedjax.model.config import ModelConfig
+from qedjax.model.transformer import Transformer
+from qedjax.rollout.decode import generate
+from qedjax.sharding import MeshConfig, abstract, create, make_mesh
+from qedjax.train import optimizer as optimizers
+from qedjax.train.losses import next_token_loss
+from qedjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from qedjax.train.step import TrainState, init_state, make_eval_step, make_train_step, place_batch
+from qedjax.types import SamplingParams
+
+
+FORMATS = {'chat': CHAT, 'pair': PAIR}
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class MonitorConfig:
+    """Sampling at each evaluation, on the first held-out prompts: shows runaway lengths and loops long before a benchmark does.
+
+    Attributes:
+      prompts: how many; 0 is off.
+      max_tokens, temperature: of each sample.
+      ngram: length of the n-grams whose repetitions are counted.
+    """
+
+    prompts: int = 0
+    max_tokens: int = 256
+    temperature: float = 0.8
+    ngram: int = 8
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class SFTConfig:
+    """One SFT run.
+
+    Attributes:
+      init: Hugging Face or Orbax folder to start from; '' starts from random weights of `model`.
+      tokenizer: folder of the tokenizer; '' is that of `init`.
+      model: with `init`, sizes come from its config and only param_dtype, dtype, attention, attention_block and remat from here.
+      train, evaluation: sources; an empty path is no evaluation.
+      format: of their rows: 'chat' (messages) or 'pair' (prompt, completion and perhaps reasoning).
+      turns: of a chat, train 'all' assistant turns (one sample each) or the 'last'.
+      row_length: tokens a packed row; longer documents are dropped and counted.
+      batch_size: rows a step. accumulation: micro-batches they are split into.
+      steps: updates; 0 is `epochs` epochs.
+      save_every, evaluate_every: steps; 0 is once an epoch. The last step is always saved and evaluated.
+      keep: newest checkpoints kept, besides the one with the best evaluation loss; keep_every: steps whose multiples stay.
+      max_skipped: steps in a row that may be skipped because they are not finite, before the run stops.
+      seed: of the data order, of fresh weights and of all sampling.
+    """
+
+    init: str = ''
+    tokenizer: str = ''
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    train: Source = dataclasses.field(default_factory=Source)
+    evaluation: Source = dataclasses.field(default_factory=Source)
+    format: str = 'chat'
+    turns: str = 'all'
+    row_length: int = 2048
+    batch_size: int = 8
+    accumulation: int = 1
+    steps: int = 0
+    epochs: int = 1
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    save_every: int = 0
+    evaluate_every: int = 0
+    keep: int = 2
+    keep_every: int = 0
+    max_skipped: int = 10
+    monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+    seed: int = 0
+
+
+def validate(cfg: SFTConfig) -> None:
+    """Raises ValueError, in one sentence, for a run that cannot be started."""
+    optimizers.validate(cfg.optimizer)
+    if not cfg.train.path:
+        raise ValueError('no training data: set --config.train.path to a JSONL, Parquet or CSV file or to hub:ORG/NAME')
+    if not cfg.init and not cfg.tokenizer:
+        raise ValueError('a run from random weights needs a tokenizer: set --config.tokenizer to its folder')
+    if cfg.accumulation < 1 or cfg.batch_size % cfg.accumulation:
+        raise ValueError(f'batch_size={cfg.batch_size} rows cannot be split into accumulation={cfg.accumulation} equal micro-batches')
+    if cfg.steps < 0 or (not cfg.steps and cfg.epochs < 1):
+        raise ValueError(f'set steps or epochs to a positive number, not steps={cfg.steps}, epochs={cfg.epochs}')
+    if cfg.turns not in ('all', 'last') or cfg.format not in FORMATS:
+        raise ValueError(f"turns is {cfg.turns!r} and format {cfg.format!r}; choose 'all' or 'last', and 'chat' or 'pair'")
+
+
+def train(cfg: SFTConfig, workdir: str, *, mode: str = 'resume', devices: list[jax.Device] | None = None) -> TrainState:
+    """Runs (or resumes) one SFT run and returns its last state.
+
+    Args:
+      cfg: the run.
+      workdir: receives checkpoints/, hf_files/ (tokenizer and configs), config.json, environment.json, metrics.jsonl, tensorboard/.
+      mode: 'resume', 'fresh' or 'overwrite', as Checkpointer.
+      devices: all by default.
+
+    Raises ValueError for a config, data or checkpoint that does not fit; FloatingPointError after `max_skipped` bad steps in a row.
+    """
+    validate(cfg)
+    run = _Run(cfg, pathlib.Path(workdir), devices)
+    fingerprint = {'data': run.loader.fingerprint, 'model': dataclasses.asdict(run.model_config), 'steps': run.steps,
+                   'optimizer': dataclasses.asdict(cfg.optimizer), 'seed': cfg.seed}
+    with Checkpointer(run.workdir / 'checkpoints', fingerprint, mode=mode, keep=cfg.keep, keep_every=cfg.keep_every) as checkpoints:
+        copy_tokenizer(cfg.tokenizer or cfg.init, run.workdir)
+        write_run_files(run.workdir, dataclasses.replace(cfg, model=run.model_config))
+        with jax.set_mesh(run.mesh):
+            return run.loop(checkpoints)
+
+
+class _Run:
+    """What a run holds on to: everything here is made once, before the first step."""
+
+    def __init__(self, cfg: SFTConfig, workdir: pathlib.Path, devices: list[jax.Device] | None):
+        self.cfg, self.workdir = cfg, workdir
+        self.mesh = make_mesh(cfg.mesh, devices)
+        self.model_config = resolve_config(cfg.init, cfg.model)
+        self.tokenizer = load_tokenizer(cfg.tokenizer or cfg.init)
+        self.num_valid = num_valid_ids(self.tokenizer)
+        if self.num_valid > self.model_config.vocab_size or cfg.row_length > self.model_config.max_positions:
+            raise ValueError(f'the model has {self.model_config.vocab_size} rows and {self.model_config.max_positions} positions, but the '
+                             f'tokenizer has {self.num_valid} ids and row_length is {cfg.row_length}')
+        _check_rows(cfg, self.mesh)
+        self.loader = self._load(cfg.train)
+        self.eval_loader = self._load(cfg.evaluation) if cfg.evaluation.path else None
+        self.steps = cfg.steps or cfg.epochs * self.loader.steps_per_epoch
+        self.tx = make_optimizer(cfg.optimizer, self.steps)
+        loss = functools.partial(next_token_loss, num_valid=self.num_valid)
+        self.train_step = make_train_step(loss, self.tx, cfg.optimizer.clip_norm, cfg.seed)
+        self.eval_step = make_eval_step(loss)
+        self.schedule = make_schedule(cfg.optimizer, self.steps)
+
+    def _load(self, source: Source) -> Loader:
+        rows, report = read_rows(source, FORMATS[self.cfg.format])
+        examples = (example for row in rows for example in encode_row(row, self.tokenizer, self.cfg.turns))
+        # cuDNN's kernel knows lengths but no segments: it gets one document a row.
+        most = 1 if self.model_config.attention == 'cudnn' else None
+        loader = Loader(examples, row_length=self.cfg.row_length, batch=self.cfg.batch_size, seed=self.cfg.seed, max_documents=most)
+        logging.info('%s: %s; %s', source.path, report, loader.report)
+        return loader
+
+    def loop(self, checkpoints: Checkpointer) -> TrainState:
+        state, start = self._start(checkpoints)
+        progress = Progress('sft', self.steps)
+        with MetricWriter(self.workdir, start) as writer:
+            pending = None  # metrics are read one step late, so that the host never waits for the step that it has just started
+            for k, batch in enumerate(self.loader.iterate(start, self.steps), start):
+                state, metrics = self.train_step(state, place_batch(batch, self.mesh, self.cfg.accumulation))
+                if pending:
+                    self._report(writer, progress, *pending)
+                pending = k + 1, metrics
+                if self._due(k + 1, self.cfg.evaluate_every) or self._due(k + 1, self.cfg.save_every):
+                    self._report(writer, progress, *pending)
+                    pending = None
+                    self._pause(state, k + 1, checkpoints, writer)
+        return state
+
+    def _start(self, checkpoints: Checkpointer) -> tuple[TrainState, int]:
+        def fresh():
+            return init_state(Transformer(self.model_config, jax.random.key(self.cfg.seed)), self.tx)
+
+        if checkpoints.latest_complete() is not None:
+            state, _, step = checkpoints.restore(abstract(fresh, self.mesh))
+            return state, step
+        if not self.cfg.init:
+            return create(fresh, self.mesh), 0
+        model = load_model(self.cfg.init, self.mesh, self.model_config)
+        return jax.jit(init_state, static_argnums=1, donate_argnums=0)(model, self.tx), 0
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.steps or step % (every or self.loader.steps_per_epoch) == 0
+
+    def _report(self, writer: MetricWriter, progress: Progress, step: int, metrics: dict[str, jax.Array]) -> None:
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        rates = progress.update(step, self.cfg.batch_size * self.cfg.row_length, loss=metrics['loss'], grad_norm=metrics['grad_norm'])
+        if rates:
+            flops = self.model_config.flops_per_token(self.cfg.row_length) * rates['tokens_per_second'] / self.mesh.size
+            share = mfu(flops, self.mesh.devices.flat[0])
+            rates |= {'mfu': share} if share else {}
+        writer.write(step, metrics | rates | {'learning_rate': float(self.schedule(step - 1))})
+        if metrics['skipped_in_a_row'] >= self.cfg.max_skipped:
+            raise FloatingPointError(f'loss or gradient was not finite in {self.cfg.max_skipped} steps in a row, up to step {step}; the '
+                                     'checkpoints before them are sound: lower the learning rate or look at the data')
+
+    def _pause(self, state: TrainState, step: int, checkpoints: Checkpointer, writer: MetricWriter) -> None:
+        """Evaluation, monitor and checkpoint, where due."""
+        metric = None
+        if self.eval_loader and self._due(step, self.cfg.evaluate_every):
+            metrics = self.evaluate(state.model)
+            metric = metrics['eval/loss']
+            if self.cfg.monitor.prompts:
+                metrics |= self.monitor(state.model)
+            writer.write(step, metrics)
+            logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})
+        if self._due(step, self.cfg.save_every):
+            checkpoints.save(step, state, {'model': dataclasses.asdict(self.model_config), 'position': step}, metric)
+
+    def evaluate(self, model: Transformer) -> dict[str, float]:
+        """Mean loss and entropy over all held-out tokens."""
+        loader, totals = self.eval_loader, None
+        for batch in loader.iterate(0, loader.steps_per_epoch):
+            sums = self.eval_step(model, place_batch(batch, self.mesh, self.cfg.accumulation))
+            totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+        totals = {name: float(value) for name, value in jax.device_get(totals).items()}
+        weight = totals.pop('weight')
+        return {f'eval/{name}': value / weight for name, value in totals.items()}
+
+    def monitor(self, model: Transformer) -> dict[str, float]:
+        """Mean length, share cut by the budget and share of repeated n-grams of samples from held-out prompts."""
+        monitor = self.cfg.monitor
+        prompts = [p for p in self.eval_loader.prompts(monitor.prompts) if len(p) + monitor.max_tokens <= self.model_config.max_positions]
+        stops = stop_ids(self.tokenizer)
+        params = [SamplingParams(monitor.temperature, monitor.max_tokens, self.cfg.seed, stops) for _ in prompts]
+        results = generate(model, prompts, params, num_valid=self.num_valid, samples=range(len(prompts)))
+        return {
+            'monitor/tokens': float(np.mean([len(ids) for ids, _, _ in results])),
+            'monitor/truncated': float(np.mean([reason == 'length' for _, _, reason in results])),
+            'monitor/repetition': float(np.mean([repetition(ids, monitor.ngram) for ids, _, _ in results])),
+        }
+
+
+def repetition(ids: tuple[int, ...], n: int) -> float:
+    """Share of n-grams that occurred before in the same sequence; 0 for sequences shorter than n."""
+    grams = [ids[i : i + n] for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _check_rows(cfg: SFTConfig, mesh: jax.sharding.Mesh) -> None:
+    shards, rows = mesh.shape['data'] * mesh.shape['fsdp'], cfg.batch_size // cfg.accumulation
+    if rows % shards or cfg.row_length % mesh.shape['context']:
+        raise ValueError(f'a micro-batch of {rows} rows of {cfg.row_length} cannot be shared evenly by data x fsdp = {shards} devices with '
+                         f'context = {mesh.shape["context"]}; change batch_size, accumulation, row_length or mesh')
