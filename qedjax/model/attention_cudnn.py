@@ -16,8 +16,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, blo
 
     Raises ValueError off GPUs, for float32, and for head dimensions that the kernel has not.
     """
-    platform = jax.sharding.get_abstract_mesh().abstract_device.platform
-    if platform not in ('gpu', 'cuda'):
+    if (platform := _platform()) not in ('gpu', 'cuda'):
         raise ValueError(f"attention 'cudnn' needs an NVIDIA GPU, but the mesh is of {platform} devices; set model.attention to 'xla'")
     if q.dtype not in DTYPES:
         raise ValueError(f"attention 'cudnn' computes in bfloat16 or float16, not {q.dtype}; set model.dtype to 'bfloat16'")
@@ -31,3 +30,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, blo
     one_document = (segment_ids == (jnp.arange(q.shape[1]) < lengths[:, None])).all(-1)
     out = jnp.where(used[:, :, None, None], out, 0)
     return jnp.where(one_document[:, None, None, None], out, jnp.nan)
+
+
+def _platform() -> str:
+    return jax.sharding.get_abstract_mesh().abstract_device.platform

@@ -1,0 +1,189 @@
+"""Each attention backend that runs here against a naive float64 reference, and against itself under padding, packing, blocks and shards."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qedjax.model.attention import attend_packed
+from qedjax.model.attention_cudnn import attend as attend_cudnn
+from qedjax.sharding import MeshConfig, make_mesh, put
+from qedjax.testing import tiny_config
+
+# (backend, block): one dense block, several blocks with and without a ragged last one, and the TPU kernel in interpret mode.
+KINDS = [('xla', 512), ('xla', 32), ('xla', 24), ('splash', 0)]
+T = 160
+SEGMENTS = np.array([
+    [1] * 160,
+    [1] * 50 + [2] * 1 + [3] * 70 + [4] * 20 + [0] * 19,
+    [2] * 40 + [0] * 30 + [1] * 60 + [5] * 30,  # padding between, ids out of order
+    [0] * 160], np.int32)
+
+
+def naive_attention(q, k, v, segments):
+    """Loops over rows and heads in float64; padding yields zeros."""
+    out = np.zeros(q.shape)
+    causal = np.tril(np.ones((q.shape[1], q.shape[1]), bool))
+    for b in range(q.shape[0]):
+        visible = causal & (segments[b][:, None] == segments[b][None, :]) & (segments[b][:, None] > 0)
+        for n in range(q.shape[2]):
+            kv = n // (q.shape[2] // k.shape[2])
+            scores = q[b, :, n].astype(np.float64) @ k[b, :, kv].T.astype(np.float64) / np.sqrt(q.shape[3])
+            scores = np.where(visible, scores, -np.inf)
+            weights = np.exp(scores - scores.max(-1, initial=-1e9, keepdims=True))
+            out[b, :, n] = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300) @ v[b, :, kv]
+    return out
+
+
+def make_qkv(seed, rows=4, length=T, heads=4, kv_heads=2, head_dim=16):
+    rng = np.random.default_rng(seed)
+    return tuple(rng.normal(size=(rows, length, n, head_dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
+
+
+@functools.partial(jax.jit, static_argnames='cfg')
+def values_and_grads(q, k, v, segments, weights, cfg):
+    def loss(q, k, v):
+        out = attend_packed(q, k, v, segments, cfg)
+        return jnp.sum(out * weights), out
+
+    (_, out), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    return out, *grads
+
+
+def run(kind, q, k, v, segments, weights, mesh_config=None, devices=1):
+    """Output and the gradients of q, k, v, on the host."""
+    mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[:devices])
+    cfg = tiny_config(attention=kind[0], attention_block=kind[1] or 512)
+    with jax.set_mesh(mesh):
+        arrays = [put(x, mesh, 'batch', 'sequence', 'heads', None) for x in (q, k, v)]
+        rest = put(segments, mesh, 'batch', 'sequence'), put(weights, mesh, 'batch', 'sequence', 'heads', None)
+        return [np.asarray(x) for x in values_and_grads(*arrays, *rest, cfg)]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+def test_equals_naive_attention(kind, kv_heads):
+    q, k, v = make_qkv(kv_heads, kv_heads=kv_heads)
+    out, *_ = run(kind, q, k, v, SEGMENTS, np.ones_like(q))
+    np.testing.assert_allclose(out, naive_attention(q, k, v, SEGMENTS), atol=3e-6)
+    assert not out[SEGMENTS == 0].any()
+
+
+@pytest.fixture(scope='module')
+def dense():
+    """Inputs, random output weights, and the dense path's values and gradients: the reference for the other paths."""
+    q, k, v = make_qkv(7)
+    weights = np.random.default_rng(8).normal(size=q.shape).astype(np.float32)
+    return (q, k, v, SEGMENTS, weights), run(KINDS[0], q, k, v, SEGMENTS, weights)
+
+
+def test_gradients_of_the_dense_path_equal_finite_differences(dense):
+    (q, k, v, segments, weights), (_, *grads) = dense
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        direction = rng.normal(size=(q, k, v)[i].shape)
+        ends = []
+        for sign in (1, -1):
+            moved = [x.astype(np.float64) for x in (q, k, v)]
+            moved[i] = moved[i] + sign * 1e-5 * direction
+            ends.append((naive_attention(*moved, segments) * weights).sum())
+        np.testing.assert_allclose((grads[i] * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('kind', KINDS[1:])
+def test_values_and_gradients_equal_the_dense_path(dense, kind):
+    inputs, want = dense
+    for got, expected in zip(run(kind, *inputs), want, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', [KINDS[0], KINDS[1], KINDS[3]])
+@pytest.mark.parametrize('mesh_config', [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, tensor=2, context=2),
+                                         MeshConfig(fsdp=2, context=4)])  # the last one must copy kv heads
+def test_sharding_changes_nothing(dense, kind, mesh_config):
+    inputs, want = dense
+    for got, expected in zip(run(kind, *inputs, mesh_config, devices=8), want, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_documents_do_not_see_each_other(kind):
+    """[A, B, A] in a row: B's values and gradients do not move by a bit when A changes, and both copies of A come out alike."""
+    q, k, v = make_qkv(3, rows=1)
+    weights = np.random.default_rng(4).normal(size=q.shape).astype(np.float32)
+    segments = np.array([[1] * 40 + [2] * 60 + [3] * 40 + [0] * 20], np.int32)
+    for x in (q, k, v, weights):
+        x[:, 100:140] = x[:, :40]
+    first = run(kind, q, k, v, segments, weights)
+    for x in first:
+        np.testing.assert_allclose(x[:, 100:140], x[:, :40], atol=1e-5)
+    for x in (q, k, v):
+        x[:, :40] += 1
+        x[:, 140:] = 1e3  # padding may hold anything finite
+    second = run(kind, q, k, v, segments, weights)
+    for before, after in zip(first, second, strict=True):
+        np.testing.assert_array_equal(before[:, 40:140], after[:, 40:140])
+        assert not after[:, 140:].any()
+    assert np.abs(first[0][:, :40] - second[0][:, :40]).max() > 0.1
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), seed=st.integers(0, 3))
+def test_blocks_equal_the_dense_path_for_any_segmentation(lengths, seed):
+    ids = np.random.default_rng(seed).permutation(len(lengths))  # 0 included: padding anywhere
+    segments = np.repeat(ids, lengths)[:T].astype(np.int32)
+    segments = np.pad(segments, (0, T - len(segments)))[None]
+    q, k, v = make_qkv(seed, rows=1)
+    weights = np.random.default_rng(seed + 1).normal(size=q.shape).astype(np.float32)
+    for got, want in zip(run(KINDS[1], q, k, v, segments, weights), run(KINDS[0], q, k, v, segments, weights), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_bfloat16_stays_close(dense):
+    (q, k, v, segments, weights), want = dense
+    low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    for kind in (KINDS[0], KINDS[1]):
+        got = run(kind, *low, segments, weights)[0].astype(np.float32)
+        assert np.abs(got - want[0]).max() < 0.03
+
+
+def compiled_backward(length):
+    cfg, mesh = tiny_config(attention_block=64), make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        shapes = [jax.ShapeDtypeStruct((1, length, n, 16), jnp.float32) for n in (4, 2, 2)]
+        rest = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length, 4, 16), jnp.float32)
+        return values_and_grads.lower(*shapes, *rest, cfg).compile()
+
+
+def test_memory_is_linear_in_length():
+    short, long = compiled_backward(2048), compiled_backward(4096)
+    temporary = [c.memory_analysis().temp_size_in_bytes for c in (short, long)]
+    assert temporary[1] < 2.2 * temporary[0]
+    assert '4096,4096' not in long.as_text()
+
+
+def test_cudnn_refuses_what_it_cannot_do(mesh, monkeypatch):
+    q, k, v = (jnp.asarray(x) for x in make_qkv(0, head_dim=64))
+    with pytest.raises(ValueError, match='needs an NVIDIA GPU, but the mesh is of cpu'):
+        attend_cudnn(q, k, v, jnp.asarray(SEGMENTS), 0)
+    monkeypatch.setattr('qedjax.model.attention_cudnn._platform', lambda: 'cuda')
+    with pytest.raises(ValueError, match='bfloat16 or float16, not float32'):
+        attend_cudnn(q, k, v, jnp.asarray(SEGMENTS), 0)
+    with pytest.raises(ValueError, match='head_dim that is a multiple of 8 up to 128, not 160'):
+        attend_cudnn(*(jnp.asarray(x, jnp.bfloat16) for x in make_qkv(0, head_dim=160)), jnp.asarray(SEGMENTS), 0)
+
+
+def test_cudnn_lowers_to_its_kernel_with_a_causal_mask_and_lengths(mesh, monkeypatch):
+    """Lowered for CUDA on this machine; it runs on a GPU only."""
+    monkeypatch.setattr('qedjax.model.attention_cudnn._platform', lambda: 'cuda')
+    monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000)
+    monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_compute_capability', lambda capability: True)
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in make_qkv(0, length=128, head_dim=64))
+    segments = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+    lowered = jax.jit(functools.partial(attend_cudnn, block=0)).trace(q, k, v, segments).lower(lowering_platforms=('cuda',)).as_text()
+    assert '__cudnn$fmhaSoftmax' in lowered
+    assert 'PADDING_CAUSAL' in lowered.replace('\\', '')
