@@ -1,0 +1,1 @@
+"""Sources, chat rendering, packing and the loader; and the synthetic proof family."""
