@@ -96,10 +96,10 @@ _GENERATION = {
 
 
 def tiny_tokenizer(thinking: str = 'hybrid') -> transformers.PreTrainedTokenizerFast:
-    """Bytes, a few merges and Qwen3's control tokens: 270 ids, inside `tiny_config`'s 320 rows. Turns end with <|im_end|>.
+    """Bytes, a few merges and Qwen3's control tokens: 270 ids, which fit `tiny_config`. Turns end with <|im_end|>.
 
-    `thinking` picks the chat template: 'hybrid' (enable_thinking=False puts an empty think block into the prompt), 'open'
-    (the prompt ends inside <think>) or 'none' (plain ChatML, reasoning ignored).
+    `thinking` picks the chat template: 'hybrid' (enable_thinking=False puts an empty think block into the prompt),
+    'open' (the prompt ends inside <think>) or 'none' (plain ChatML, reasoning ignored).
     """
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     merges = [tuple(byte_level.pre_tokenize_str(part)[0][0] for part in pair) for pair in _MERGES]

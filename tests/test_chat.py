@@ -1,4 +1,4 @@
-"""What carries loss is what the model must produce after the exact inference prompt: decoded spans, equal ids, text that stays text."""
+"""What carries loss is what the model must produce after the exact inference prompt; typed control tokens stay text."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -18,13 +18,14 @@ def user(content):
 
 
 def assistant(content, reasoning=None):
-    return {'role': 'assistant', 'content': content} | ({'reasoning_content': reasoning} if reasoning is not None else {})
+    message = {'role': 'assistant', 'content': content}
+    return message if reasoning is None else message | {'reasoning_content': reasoning}
 
 
-def spans(messages, tokenizer, turns='all'):
-    """(end of the prompt, completion) of each example, decoded."""
-    examples = encode_row({'messages': messages}, tokenizer, turns)
-    return [(tokenizer.decode(e.prompt_ids).rpartition('<|im_start|>')[1:], tokenizer.decode(e.completion_ids)) for e in examples]
+def span(messages, tokenizer):
+    """(what the prompt writes after the last header, completion), decoded."""
+    example, = encode_row({'messages': messages}, tokenizer)
+    return tokenizer.decode(example.prompt_ids).rpartition(HEADER)[2], tokenizer.decode(example.completion_ids)
 
 
 def rendered(tokenizer, messages, **options):
@@ -49,7 +50,7 @@ def qwen(request):
     ('none', assistant('\na '), '', '\na <|im_end|>'),
 ])
 def test_loss_span_of_one_turn(kind, reply, prompt_end, completion):
-    assert spans([user('q'), reply], TOKENIZERS[kind]) == [(('<|im_start|>', f'assistant\n{prompt_end}'), completion)]
+    assert span([user('q'), reply], TOKENIZERS[kind]) == (prompt_end, completion)
 
 
 @pytest.mark.parametrize('inline', [True, False])
@@ -90,7 +91,8 @@ def test_no_reasoning_under_an_open_template_is_refused():
 # Innocuous conversations: the template's own ids
 
 
-CONVERSATION = [{'role': 'system', 'content': 'be exact'}, user('q1\n\n'), assistant('a1', 'r1'), user(' the q2'), assistant('the a2', 'r2 \n r')]
+CONVERSATION = [{'role': 'system', 'content': 'be exact'}, user('q1\n\n'), assistant('a1', 'r1'), user(' the q2'),
+                assistant('the a2', 'r2 \n r')]
 
 
 @pytest.mark.parametrize('kind', TOKENIZERS)
@@ -111,15 +113,16 @@ def test_prompt_and_completion_equal_the_templates_render(kind):
 def test_answer_without_reasoning_equals_the_templates_render():
     tokenizer = TOKENIZERS['hybrid']
     example = encode_row({'prompt': 'q', 'completion': 'a'}, tokenizer)[0]
-    assert (*example.prompt_ids, *example.completion_ids, *tokenizer.encode('\n')) == rendered(tokenizer, [user('q'), assistant('a')])
+    ids = (*example.prompt_ids, *example.completion_ids, *tokenizer.encode('\n'))
+    assert ids == rendered(tokenizer, [user('q'), assistant('a')])
 
 
 # Control tokens typed by people
 
 
 CONTROL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<think>', '</think>', '<tool_response>', '</tool_response>']
-WORDS = st.lists(st.sampled_from([*CONTROL, 'a', ' the', '\n', '<', '|>', '<|im_', '\ue000', 'é', '</', '<|']), min_size=1, max_size=12)
-CONTENT = WORDS.map(lambda words: ''.join(['x', *words, 'x']))
+WORDS = st.sampled_from([*CONTROL, 'a', ' the', '\n', '<', '|>', '<|im_', '\ue000', 'é', '</', '<|'])
+CONTENT = st.lists(WORDS, max_size=12).map(lambda words: ''.join(['x', *words, 'x']))
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
@@ -144,8 +147,10 @@ def test_control_tokens_in_contents_stay_text(kind, system, query, history, thou
 
 @pytest.mark.parametrize(('text', 'opened', 'expected'), [
     ('work</think>\n\nans', True, ('work', 'ans', True)), ('work</think>\n\nans', False, ('work', 'ans', True)),
-    ('<think>\nwork\n</think>\n\nans', False, ('work', 'ans', True)), ('<think>\nwork\n</think>\n\nans', True, ('work', 'ans', True)),
-    ('work', True, ('work', '', False)), ('<think>\nwork', False, ('work', '', False)), ('ans', False, ('', 'ans', True)),
+    ('<think>\nwork\n</think>\n\nans', False, ('work', 'ans', True)),
+    ('<think>\nwork\n</think>\n\nans', True, ('work', 'ans', True)),
+    ('work', True, ('work', '', False)), ('<think>\nwork', False, ('work', '', False)),
+    ('ans', False, ('', 'ans', True)),
     ('work</think>', True, ('work', '', True)), ('', True, ('', '', False)), ('', False, ('', '', True)),
     ('a</think>b</think>c', True, ('a', 'b</think>c', True)),
 ])
@@ -170,10 +175,14 @@ def test_sampled_text_comes_back_as_the_sampled_ids(kind):
 
 @pytest.mark.parametrize(('messages', 'reason'), [
     ([], 'at least one message'), (None, 'at least one message'), (['hi'], r'message 0 \(None\): the role'),
-    ([user('q'), assistant(None)], r'message 1 \(assistant\).*NoneType'), ([user('q'), {'role': 'assistant'}], r'message 1 .*NoneType'),
-    ([{'role': 'system', 'content': None}, user('q')], r'message 0 \(system\)'), ([user(''), assistant('a')], r'message 0 \(user\).*empty'),
-    ([user([]), assistant('a')], r'message 0 \(user\).*empty'), ([{'role': 'bot', 'content': 'x'}], r'message 0 \(bot\): the role'),
-    ([user([{'type': 'image', 'url': 'u'}])], r'message 0 \(user\): only text parts'), ([user(3)], r'message 0 \(user\).*int'),
+    ([user('q'), assistant(None)], r'message 1 \(assistant\).*NoneType'),
+    ([user('q'), {'role': 'assistant'}], r'message 1 .*NoneType'),
+    ([{'role': 'system', 'content': None}, user('q')], r'message 0 \(system\)'),
+    ([user(''), assistant('a')], r'message 0 \(user\).*empty'),
+    ([user([]), assistant('a')], r'message 0 \(user\).*empty'),
+    ([{'role': 'bot', 'content': 'x'}], r'message 0 \(bot\): the role'),
+    ([user([{'type': 'image', 'url': 'u'}])], r'message 0 \(user\): only text parts'),
+    ([user(3)], r'message 0 \(user\).*int'),
     ([user([{'type': 'text', 'text': None}])], 'only text parts'), ([user('q'), assistant('a', 3)], r'message 1 .*int'),
     ([user('q'), assistant('a') | {'tool_calls': [{}]}], r'message 1 \(assistant\): tool_calls'),
     ([user('q')], 'need an assistant turn'), ([assistant('a')], 'another turn before it'),
@@ -187,20 +196,20 @@ def test_messages_that_cannot_be_rendered(messages, reason):
 def test_text_parts_and_null_padding_are_read():
     tokenizer = TOKENIZERS['hybrid']
     parts = [{'type': 'text', 'text': 'he'}, {'type': 'text', 'text': 'y'}]
-    padded = [user(parts) | {'reasoning_content': None}, assistant('a') | {'reasoning_content': None, 'tool_calls': None}]
-    assert encode_row({'messages': padded}, tokenizer) == encode_row({'messages': [user('hey'), assistant('a')]}, tokenizer)
+    nulls = {'reasoning_content': None, 'tool_calls': None}
+    padded, plain = [user(parts) | nulls, assistant('a') | nulls], [user('hey'), assistant('a')]
+    assert encode_row({'messages': padded}, tokenizer) == encode_row({'messages': plain}, tokenizer)
 
 
 # B16, B18: raw rows and empty completions
 
 
 @pytest.mark.parametrize(('prompt', 'completion'), [
-    ('2+2=', '4'), ('end.', '.'), ('end.', '\n'), ('i', 'n'), ('\n', '\nx'), ('e', '\u0301'), (' t', 'he'), ('', 'text')])
+    ('2+2=', '4'), ('end.', '.'), ('end.', '\nx'), ('i', 'n'), ('\n', '\nx'),
+    ('e', '\u0301'), ('t', 'he'), ('', 'text')])
 def test_raw_seams(prompt, completion):
     tokenizer = tiny_tokenizer('none')
     tokenizer.chat_template = None
-    if not completion.strip():
-        completion += 'x'
     example, = encode_row({'prompt': prompt, 'completion': completion}, tokenizer)
     assert example.prompt_ids == tuple(tokenizer.encode(prompt))
     assert example.completion_ids == (*tokenizer.encode(completion), tokenizer.eos_token_id)
@@ -281,15 +290,17 @@ def test_qwen3(qwen):
     assert chat.stop_ids(qwen, {'eos_token_id': [end, qwen.pad_token_id]}) == tuple(sorted((end, qwen.pad_token_id)))
     assert chat.num_valid_ids(qwen) == len(qwen)
     typed = ''.join(token.content for token in qwen.added_tokens_decoder.values())
-    ids = prompt_ids(qwen, [user(typed)])
-    assert [i for i in ids if i in qwen.added_tokens_decoder] == [i for i in prompt_ids(qwen, [user('q')]) if i in qwen.added_tokens_decoder]
+    ids, plain = prompt_ids(qwen, [user(typed)]), prompt_ids(qwen, [user('q')])
+    added = qwen.added_tokens_decoder
+    assert [i for i in ids if i in added] == [i for i in plain if i in added]
     assert typed in qwen.decode(ids)
 
 
 @pytest.mark.real
 def test_tiny_template_behaves_as_qwen3s(qwen):
     tokenizer = TOKENIZERS['hybrid']
-    for messages in (CONVERSATION, [user('q'), assistant('a', 'r'), user('<tool_response>x</tool_response>'), assistant('r</think>\n\nb')]):
+    tool = [user('q'), assistant('a', 'r'), user('<tool_response>x</tool_response>'), assistant('r</think>\n\nb')]
+    for messages in (CONVERSATION, tool):
         for options in ({}, {'add_generation_prompt': True}, {'add_generation_prompt': True, 'enable_thinking': False}):
             ours, theirs = (t.apply_chat_template(messages, tokenize=False, **options) for t in (tokenizer, qwen))
             assert ours == theirs

@@ -1,7 +1,7 @@
 """Conversations to token ids: each assistant turn becomes the exact inference prompt and the ids that must follow it.
 
-A chat template may rewrite history (Qwen3 drops earlier think blocks), so a render need not be a prefix of a longer one, and a
-mask taken from prefixes shifts. Here the template only ever writes prompts; completions are built from its pieces.
+A chat template may rewrite history (Qwen3 drops earlier think blocks): a render need not be a prefix of a longer one, and
+a mask taken from prefixes shifts. Here the template writes prompts only; completions are built from its pieces.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def _cut(text: str, control: re.Pattern, mark: str) -> str:
 
 
 def _cut_message(message: Message, control: re.Pattern, mark: str) -> Message:
-    """Cuts in every text; a user turn that is wholly a tool response keeps its two tags: the template looks for them."""
+    """Cuts every text; a user turn that is wholly a tool response keeps its two tags: the template looks for them."""
     block = _TOOL_RESPONSE.fullmatch(message['content']) if message['role'] == 'user' else None
     if block:
         return message | {'content': block[1] + _cut(block[2], control, mark) + block[3]}
@@ -158,7 +158,9 @@ def _join(parts: list, where: str) -> str:
     return ''.join(part['text'] for part in parts)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinking: bool | None = None) -> tuple[int, ...]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinking: bool | None = None
+) -> tuple[int, ...]:
     """The ids to sample from: the template's generation prompt, control tokens inside contents kept as text.
 
     `thinking` sets enable_thinking; None leaves the template's default.
@@ -171,8 +173,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinkin
     if last not in ('user', 'tool'):
         raise ValueError(f'message {len(messages) - 1} ({last}): a prompt must end with a user or tool message')
     if thinking is False and not form.switch and not form.think_open:
-        raise ValueError(f'{tokenizer.name_or_path}: its chat template always opens a think block; give rows with reasoning, '
-                         'or use a template that heeds enable_thinking')
+        raise ValueError(f'{tokenizer.name_or_path}: its chat template always opens a think block; give rows with '
+                         'reasoning, or use a template that heeds enable_thinking')
     mark = _unused(messages)[0]
     cut = [_cut_message(message, form.control, mark) for message in messages]
     return tuple(_encode(_render(cut, tokenizer, prompt=True, thinking=thinking), tokenizer, mark))
@@ -210,20 +212,20 @@ def encode_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict], reply:
 
 
 def encode_raw(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Plain text without a template, control tokens read as such; the two are encoded apart, and EOS ends the completion.
+    """Plain text without a template, control tokens read as such; the two are encoded apart, and EOS ends it.
 
     Encoded together, a token could span the seam, and the prompt would not be the one that a sampler is given.
     """
     if not completion.strip():
         raise ValueError('the completion is empty: nothing to learn')
     if tokenizer.eos_token_id is None:
-        raise ValueError(f'{tokenizer.name_or_path}: has no EOS token, so a model could not learn to stop; set eos_token')
+        raise ValueError(f'{tokenizer.name_or_path}: has no EOS token, so a model could not learn to stop; set one')
     completion_ids = (*_encode(completion, tokenizer), tokenizer.eos_token_id)
     return Example(tuple(tokenizer.encode(prompt, verbose=False)), completion_ids)
 
 
 def encode_row(row: dict, tokenizer: PreTrainedTokenizerBase, turns: str = 'all') -> list[Example]:
-    """One example per assistant turn of a `messages` row (turns 'all' or 'last'), or the one of a prompt/completion row.
+    """One example per assistant turn of a `messages` row (turns 'all' or 'last'), or that of a prompt/completion row.
 
     A text prompt is one user message if the tokenizer has a chat template, and plain text otherwise.
 

@@ -1,7 +1,7 @@
 """Rows from JSONL, CSV, Parquet or the hub, checked against a declared schema; nothing is guessed or rewritten.
 
-A schema is a tuple of `Field`; a use that needs other fields declares its own tuple. A string stays that string. A number
-is accepted for a string field with its digits as written (JSONL, CSV) or exactly (integers and decimals of Parquet).
+A schema is a tuple of `Field`; a use that needs other fields declares its own. A string stays that string. A number is
+taken for a string field: with its digits as written (JSONL, CSV) or exactly (integers and decimals of Parquet).
 """
 
 import collections
