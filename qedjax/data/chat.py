@@ -1,6 +1,6 @@
 """Conversations to token ids: each assistant turn becomes the exact inference prompt and the ids that must follow it.
 
-A chat template may rewrite history (Qwen3 drops earlier think blocks): a render need not be a prefix of a longer one, so
+A chat template may rewrite history (Qwen3 drops old think blocks): a render need not be a prefix of a longer one, so
 a mask taken from prefixes shifts. Here the template writes prompts only; completions are built from its pieces.
 """
 
