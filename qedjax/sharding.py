@@ -77,6 +77,13 @@ def make_rollout_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Devi
     return _explicit_mesh((data, tensor), ROLLOUT_AXES, devices[: data * tensor])
 
 
+def without_context(mesh: Mesh) -> Mesh:
+    """The same devices with the context axis folded into fsdp: for decoding, whose rows have one position at a time."""
+    data, fsdp, context, tensor = (mesh.shape[axis] for axis in TRAIN_AXES)
+    devices = mesh.devices.reshape(data, fsdp * context, 1, tensor)
+    return Mesh(devices, TRAIN_AXES, axis_types=(AxisType.Explicit,) * len(TRAIN_AXES))
+
+
 def _explicit_mesh(sizes: Sequence[int], axes: Sequence[str], devices: Sequence[jax.Device]) -> Mesh:
     return jax.make_mesh(tuple(sizes), tuple(axes), axis_types=(AxisType.Explicit,) * len(axes), devices=devices)
 
@@ -113,6 +120,12 @@ def create(make, mesh: Mesh):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(make, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=shardings)()
+
+
+def move(tree, mesh: Mesh):
+    """The same arrays under another mesh of the same devices, in the shardings that their logical axes have there."""
+    shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec), tree)
+    return jax.device_put(tree, shardings)
 
 
 def put(tree, mesh: Mesh, *names: str | None):

@@ -81,6 +81,10 @@ class Loader:
             digest.update(np.int32([len(ids), prompt]).tobytes() + ids.tobytes())
         return digest.hexdigest()[:16]
 
+    def prompts(self, count: int) -> list[tuple[int, ...]]:
+        """Prompt ids of the first `count` documents that have a prompt."""
+        return [tuple(ids[:prompt].tolist()) for ids, prompt in self._documents if prompt][:count]
+
     def documents_of(self, k: int) -> list[list[int]]:
         """Numbers of the documents in each row of batch k (fewer rows than `batch` at the end of an epoch)."""
         epoch, index = divmod(k, self.steps_per_epoch)

@@ -74,6 +74,8 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], params: Seque
 
 
 def _check(model, prompts, params, num_valid) -> None:
+    if axis_size('sequence') != 1:
+        raise ValueError('decoding has one position at a time, which a context axis cannot split; use sharding.without_context(mesh)')
     if not 0 < num_valid <= model.cfg.vocab_size:
         raise ValueError(f'the tokenizer has {num_valid} ids, but the model has only {model.cfg.vocab_size} rows')
     for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):

@@ -7,7 +7,7 @@ wrong with a flag, a path or a row is therefore said before anything is compiled
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -22,12 +22,12 @@ from qedjax.metrics import MetricWriter, Progress, mfu, write_run_files
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
 from qedjax.rollout.decode import generate
-from qedjax.sharding import MeshConfig, abstract, create, make_mesh
+from qedjax.sharding import MeshConfig, abstract, create, make_mesh, move, without_context
 from qedjax.train import optimizer as optimizers
 from qedjax.train.losses import next_token_loss
 from qedjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from qedjax.train.step import TrainState, init_state, make_eval_step, make_train_step, place_batch
-from qedjax.types import SamplingParams
+from qedjax.types import Example, SamplingParams
 
 
 FORMATS = {'chat': CHAT, 'pair': PAIR}
@@ -153,7 +153,7 @@ class _Run:
 
     def _load(self, source: Source) -> Loader:
         rows, report = read_rows(source, FORMATS[self.cfg.format])
-        examples = (example for row in rows for example in encode_row(row, self.tokenizer, self.cfg.turns))
+        examples = encode_rows(rows, self.tokenizer, self.cfg.turns, source)
         # cuDNN's kernel knows lengths but no segments: it gets one document a row.
         most = 1 if self.model_config.attention == 'cudnn' else None
         loader = Loader(examples, row_length=self.cfg.row_length, batch=self.cfg.batch_size, seed=self.cfg.seed, max_documents=most)
@@ -232,12 +232,29 @@ class _Run:
         prompts = [p for p in self.eval_loader.prompts(monitor.prompts) if len(p) + monitor.max_tokens <= self.model_config.max_positions]
         stops = stop_ids(self.tokenizer)
         params = [SamplingParams(monitor.temperature, monitor.max_tokens, self.cfg.seed, stops) for _ in prompts]
-        results = generate(model, prompts, params, num_valid=self.num_valid, samples=range(len(prompts)))
+        mesh = without_context(self.mesh)
+        with jax.set_mesh(mesh):
+            results = generate(move(model, mesh), prompts, params, num_valid=self.num_valid, samples=range(len(prompts)))
         return {
             'monitor/tokens': float(np.mean([len(ids) for ids, _, _ in results])),
             'monitor/truncated': float(np.mean([reason == 'length' for _, _, reason in results])),
             'monitor/repetition': float(np.mean([repetition(ids, monitor.ngram) for ids, _, _ in results])),
         }
+
+
+def encode_rows(rows: list[dict], tokenizer, turns: str, source: Source) -> Iterator[Example]:
+    """Examples of all rows. Rows that cannot be trained on are reported, and an error above source.max_bad_share."""
+    bad = []
+    for number, row in enumerate(rows, 1):
+        try:
+            yield from encode_row(row, tokenizer, turns)
+        except ValueError as error:
+            bad.append(f'good row {number}: {error}')
+    if bad:
+        logging.warning('%s: %d of %d rows cannot be trained on, e.g. %s', source.path, len(bad), len(rows), '; '.join(bad[:3]))
+    if len(bad) > source.max_bad_share * len(rows):
+        raise ValueError(f'{source.path}: {len(bad)} of {len(rows)} rows cannot be trained on, e.g. {"; ".join(bad[:3])}; mend them or '
+                         f'raise max_bad_share={source.max_bad_share}')
 
 
 def repetition(ids: tuple[int, ...], n: int) -> float:

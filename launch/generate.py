@@ -1,0 +1,36 @@
+"""Sampling from a checkpoint: JSONL in, JSONL out.
+
+python launch/generate.py --checkpoint=DIR --input=problems.jsonl --output=proofs.jsonl [--temperature=0.8 --max_tokens=2048 --n=4]
+
+Each input row has `prompt` (text) or `messages`; other columns are carried over. Each output row adds `completions`: text, reasoning,
+finish_reason, token ids and log-probs. --checkpoint is a Hugging Face folder, or a workdir, checkpoint folder or step of ours.
+"""
+
+from absl import flags
+
+from qedjax import cli
+from qedjax.rollout.generate import generate_file
+from qedjax.sharding import MeshConfig
+from qedjax.types import SamplingParams
+
+CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Hugging Face folder or Orbax checkpoint.', required=True)
+INPUT = flags.DEFINE_string('input', None, 'JSONL file of prompts.', required=True)
+OUTPUT = flags.DEFINE_string('output', None, 'JSONL file to write; it must not exist.', required=True)
+TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 is greedy.')
+MAX_TOKENS = flags.DEFINE_integer('max_tokens', 1024, 'Most tokens a completion.')
+N = flags.DEFINE_integer('n', 1, 'Completions a prompt.')
+SEED = flags.DEFINE_integer('seed', 0, 'Seed of the run.')
+BATCH = flags.DEFINE_integer('batch', 16, 'Completions decoded together.')
+THINKING = flags.DEFINE_bool('thinking', None, 'Ask the chat template for thinking on or off; unset is its default.')
+DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of weights, activations and cache.')
+TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that share the heads; the other devices share the completions.')
+
+
+def main(_) -> None:
+    params = SamplingParams(TEMPERATURE.value, MAX_TOKENS.value, SEED.value)
+    generate_file(CHECKPOINT.value, INPUT.value, OUTPUT.value, params, n=N.value, batch=BATCH.value, thinking=THINKING.value,
+                  dtype=DTYPE.value, mesh_config=MeshConfig(fsdp=1, data=-1, tensor=TENSOR.value))
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,26 @@
+"""Supervised fine-tuning.
+
+python launch/sft.py --config=configs/smollm2_sft.py --workdir=runs/sft [--config.optimizer.learning_rate=1e-4 ...]
+
+Started again with the same workdir, it resumes from the newest complete checkpoint. On a TPU pod, start it on every host.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from qedjax import cli
+from qedjax.train import sft
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(); fields are overridden by --config.NAME=VALUE.', lock_config=True)
+WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics and the resolved config.', required=True)
+OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Delete the checkpoints that the workdir holds and start anew.')
+
+
+def main(_) -> None:
+    if CONFIG.value is None:
+        raise ValueError('no --config: name one of configs/*.py, e.g. --config=configs/smollm2_sft.py')
+    sft.train(CONFIG.value, WORKDIR.value, mode='overwrite' if OVERWRITE.value else 'resume')
+
+
+if __name__ == '__main__':
+    cli.run(main)
