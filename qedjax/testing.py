@@ -1,6 +1,7 @@
 """Tiny models and tokenizers for tests of this project and of its forks."""
 
 import dataclasses
+import json
 import os
 import pathlib
 
@@ -116,3 +117,14 @@ def tiny_tokenizer(thinking: str = 'hybrid') -> transformers.PreTrainedTokenizer
     else:
         tokenizer.chat_template = _THINKING_TEMPLATE.strip().replace('{% GENERATION %}', _GENERATION[thinking])
     return tokenizer
+
+
+def write_sums(folder: str | os.PathLike, rows: int = 90) -> None:
+    """Data for configs/tiny_sft.py: a tokenizer, and sums of two digits with their reasoning, a tenth of them held out."""
+    folder = pathlib.Path(folder)
+    tiny_tokenizer().save_pretrained(folder / 'tokenizer')
+    pairs = np.random.default_rng(0).permutation(100)[:rows]
+    lines = [json.dumps({'prompt': f'{p // 10}+{p % 10}', 'reasoning': f'{p // 10} and {p % 10}', 'completion': str(p // 10 + p % 10)})
+             for p in pairs.tolist()]
+    for name, part in (('held_out', lines[: rows // 10]), ('train', lines[rows // 10 :])):
+        (folder / f'{name}.jsonl').write_text('\n'.join(part) + '\n')
