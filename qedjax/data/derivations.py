@@ -23,7 +23,7 @@ import zlib
 
 import numpy as np
 
-LABELS = string.ascii_letters + '!#$%&,:;?@^_'  # one byte each, and none that an operation, a value or a summary uses
+LABELS = string.ascii_letters + '!#$%&/?@^_|~'  # one byte each, none of them used by operations or values
 MAX_STEPS = len(LABELS)  # 64
 DIGITS = {'+': '123456789', '-': '123456789', '*': '379'}
 SPLITS = ('train', 'held_out')
