@@ -54,7 +54,7 @@ def test_parse_undoes_render(rubric):
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=200))
 def test_other_text_is_refused_with_a_reason(text):
-    with pytest.raises(ValueError, match='heading|points|section'):
+    with pytest.raises(ValueError, match=r'heading|points|section'):
         parse(text)
 
 
