@@ -1,8 +1,8 @@
-"""Weights from and to Hugging Face folders, every tensor accounted for in both directions (names and layouts: hf_names.py).
-
-Names, shapes, dtypes and file sizes are all checked, from headers, before anything is allocated or written. Import gives each device only
-the bytes of its shard. Export writes into a temporary folder that gets its name last. Either way the host holds one copy of the weights at
-most, and besides it one tensor of one layer.
+"""Weights from and to Hugging Face folders, every tensor accounted for in both directions (names and layouts:
+hf_names.py).
+ Names, shapes, dtypes and file sizes are all checked, from headers, before anything is allocated or written. Import
+gives each device only the bytes of its shard. Export writes into a temporary folder that gets its name last. Either way
+the host holds one copy of the weights at most, and besides it one tensor of one layer.
 """
 
 import json
@@ -36,10 +36,11 @@ CACHES = ('.git', '.cache')  # of the tools that download
 
 
 def load_hf(folder: str | os.PathLike, cfg: ModelConfig, mesh: Mesh, progress: Callable[[int], object] | None = None) -> Transformer:
-    """Reads the weights of a folder, sharded over `mesh` and in cfg.param_dtype; float32, float16 and bfloat16 may be mixed in it.
+    """Reads the weights of a folder, sharded over `mesh` and in cfg.param_dtype; float32, float16 and bfloat16 may be
+    mixed in it.
 
-    `progress` is told the bytes of each piece read. Raises ValueError, before anything is allocated, for a tensor that is missing, left over,
-    misshapen, cut or of another dtype; and for one whose values overflow param_dtype.
+    `progress` is told the bytes of each piece read. Raises ValueError, before anything is allocated, for a tensor that
+    is missing, left over, misshapen, cut or of another dtype; and for one whose values overflow param_dtype.
     """
     entries = read_folder(folder)
     target = abstract(lambda: Transformer(cfg, jax.random.key(0)), mesh)
@@ -132,16 +133,16 @@ def save_hf(model: Transformer, folder: str | os.PathLike, *, files: str | os.Pa
 
     Args:
       folder: must not exist, or be empty.
-      files: folder whose files other than weights (tokenizer, template, generation_config, licence, ...) are carried over byte for byte,
-        and whose config.json is edited only where the weights or the config changed it.
+      files: folder whose files other than weights (tokenizer, template, generation_config, licence, ...) are carried
+        over byte for byte, and whose config.json is edited only where the weights or the config changed it.
       tokenizer: without files, the transformers tokenizer to save.
       eos_ids: without files, the ids that end a generation.
       dtype: of the weights: float32, bfloat16 or float16; param_dtype by default.
       max_shard_bytes: a new file is begun when a tensor would exceed it.
       progress: is told the bytes of each tensor written.
 
-    Raises ValueError for a folder that is not empty, a disk that is too small, a model that Hugging Face has no architecture for, or values
-    that overflow `dtype`; nothing is left behind then.
+    Raises ValueError for a folder that is not empty, a disk that is too small, a model that Hugging Face has no
+    architecture for, or values that overflow `dtype`; nothing is left behind then.
     """
     folder, dtype = pathlib.Path(folder).absolute(), dtype or model.cfg.param_dtype
     check_target(folder)
@@ -198,7 +199,8 @@ def _prepare(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype:
 
 
 def _torch_tensors(model: Transformer) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a model's Hugging Face folder, as a (transposed) view of a host copy of its layer; the first axis is torch's."""
+    """Every tensor of a model's Hugging Face folder, as a (transposed) view of a host copy of its layer; the first axis
+    is torch's."""
     for weight, leaf in match(model):
         for layer, name in enumerate(weight.names(leaf.shape)):
             values = leaf[layer] if weight.stacked else leaf
@@ -236,7 +238,8 @@ def copy_other_files(source: str | os.PathLike, target: str | os.PathLike) -> No
 
 
 def verify_hf(model: Transformer, folder: str | os.PathLike, progress: Callable[[int], object] | None = None) -> int:
-    """Reopens an exported folder and compares its config and, bit for bit, every tensor with the model; returns how many.
+    """Reopens an exported folder and compares its config and, bit for bit, every tensor with the model; returns how
+    many.
 
     Raises ValueError that names the first field or tensor that is missing, left over or different.
     """

@@ -1,7 +1,7 @@
 """Safetensors folders by headers and byte ranges, in numpy alone.
-
-The format: 8 bytes of header length, a JSON header with dtype, shape and byte range of each tensor, then the bytes, without gaps. (The
-library's numpy reader knows no bfloat16 and reads whole tensors; a map of one tensor gives any part of it for the pages touched.)
+ The format: 8 bytes of header length, a JSON header with dtype, shape and byte range of each tensor, then the bytes,
+without gaps. (The library's numpy reader knows no bfloat16 and reads whole tensors; a map of one tensor gives any part
+of it for the pages touched.)
 """
 
 import dataclasses
@@ -36,15 +36,16 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def view(self) -> np.ndarray:
-        """The tensor as a read-only map of the file. Drop it soon: its pages count as this process's memory while it lives."""
+        """The tensor as a read-only map of the file. Drop it soon: its pages count as this process's memory while it
+        lives."""
         return np.memmap(self.file, self.dtype, 'r', self.offset, self.shape)
 
 
 def read_folder(folder: str | os.PathLike) -> dict[str, Entry]:
     """All tensors of a folder by name, from index and headers alone.
 
-    Raises ValueError, naming the file or the tensor, where a shard is absent or cut, where index and shards disagree, or where a dtype
-    is not a plain float. A file that the index does not name is not read, with a warning.
+    Raises ValueError, naming the file or the tensor, where a shard is absent or cut, where index and shards disagree,
+    or where a dtype is not a plain float. A file that the index does not name is not read, with a warning.
     """
     folder = pathlib.Path(folder)
     found = sorted(path.name for path in folder.glob('*.safetensors'))
@@ -87,7 +88,8 @@ def _warn_of_strays(folder: pathlib.Path, found: Iterable[str], shards: Iterable
 
 
 def read_header(path: pathlib.Path) -> dict[str, Entry]:
-    """Tensors of one file. Raises ValueError if it is cut or longer than its header says, or holds a dtype that is not a plain float."""
+    """Tensors of one file. Raises ValueError if it is cut or longer than its header says, or holds a dtype that is not
+    a plain float."""
     size = path.stat().st_size
     with path.open('rb') as file:
         length = int.from_bytes(file.read(8), 'little')
@@ -129,7 +131,8 @@ def _entry(path: pathlib.Path, base: int, name: str, info: Mapping[str, Any]) ->
 
 
 def create_folder(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, max_shard_bytes: float) -> dict[str, Entry]:
-    """Creates files with headers for tensors of one dtype, and an index if there are several; the bytes are still holes."""
+    """Creates files with headers for tensors of one dtype, and an index if there are several; the bytes are still
+    holes."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards, room = [[]], max_shard_bytes
     for name, size in sizes.items():
@@ -174,7 +177,8 @@ def write_tensor(entry: Entry, blocks: Iterable[np.ndarray]) -> None:
 
 
 def finish_folder(folder: pathlib.Path, entries: Mapping[str, Entry]) -> None:
-    """Hands a folder just written to the disk and reads its headers again; raises OSError unless they hold exactly these tensors."""
+    """Hands a folder just written to the disk and reads its headers again; raises OSError unless they hold exactly
+    these tensors."""
     for path in sorted({entry.file for entry in entries.values()}):
         with path.open('rb') as file:
             os.fsync(file.fileno())

@@ -1,6 +1,6 @@
 """Hugging Face `config.json` to ModelConfig and back, in the layouts of transformers 4 and 5.
-
-A field that changes the function is honoured or refused by name. What a file leaves out takes the default of its transformers class.
+ A field that changes the function is honoured or refused by name. What a file leaves out takes the default of its
+transformers class.
 """
 
 import dataclasses
@@ -27,34 +27,41 @@ _CLASS_DEFAULTS = {
 _DEFAULTS = {'rms_norm_eps': 1e-6, 'initializer_range': 0.02, 'tie_word_embeddings': False, 'hidden_act': 'silu', 'max_window_layers': 28}
 _DEFAULT_THETA = 10_000.0
 _SIZES = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
-# Fields of relatives that compute something else, each with the values at which they do not. None and absence always mean off.
+# Fields of relatives that compute something else, each with the values at which they do not. None and absence always
+# mean off.
 _MUST_BE_OFF = {
-    'mlp_bias': (False,), 'partial_rotary_factor': (1,), 'rope_interleaved': (False,), 'no_rope_layers': (), 'attention_chunk_size': (),
-    'attn_logit_softcapping': (), 'final_logit_softcapping': (), 'logit_softcapping': (), 'query_pre_attn_scalar': (),
-    'logit_scale': (1,), 'logits_scaling': (1,), 'embedding_multiplier': (1,), 'residual_multiplier': (1,), 'attention_multiplier': (),
-    'num_experts': (0,), 'num_local_experts': (0,), 'n_routed_experts': (0,), 'is_encoder_decoder': (False,), 'is_decoder': (False, True),
-    'use_qk_norm': (False,), 'qk_layernorm': (False,), 'add_cross_attention': (False,), 'use_bidirectional_attention': (False,),
+    'mlp_bias': (False,), 'partial_rotary_factor': (1,), 'rope_interleaved': (False,), 'no_rope_layers': (),
+    'attention_chunk_size': (), 'attn_logit_softcapping': (), 'final_logit_softcapping': (), 'logit_softcapping': (),
+    'query_pre_attn_scalar': (), 'logit_scale': (1,), 'logits_scaling': (1,), 'embedding_multiplier': (1,),
+    'residual_multiplier': (1,), 'attention_multiplier': (), 'num_experts': (0,), 'num_local_experts': (0,),
+    'n_routed_experts': (0,), 'is_encoder_decoder': (False,), 'is_decoder': (False, True), 'use_qk_norm': (False,),
+    'qk_layernorm': (False,), 'add_cross_attention': (False,), 'use_bidirectional_attention': (False,),
 }
-# Fields read below, and fields that say nothing about the function of a decoder without dropout; any other is warned of.
+# Fields read below, and fields that say nothing about the function of a decoder without dropout; any other is warned
+# of.
 _READ = {
-    'architectures', 'model_type', 'auto_map', 'num_key_value_heads', 'head_dim', 'max_position_embeddings', 'attention_bias', 'rope_theta',
-    'rope_scaling', 'rope_parameters', 'original_max_position_embeddings', 'use_sliding_window', 'sliding_window', 'layer_types',
-    'quantization_config', 'compression_config', *_DEFAULTS, *_SIZES, *_MUST_BE_OFF,
+    'architectures', 'model_type', 'auto_map', 'num_key_value_heads', 'head_dim', 'max_position_embeddings',
+    'attention_bias', 'rope_theta', 'rope_scaling', 'rope_parameters', 'original_max_position_embeddings',
+    'use_sliding_window', 'sliding_window', 'layer_types', 'quantization_config', 'compression_config', *_DEFAULTS,
+    *_SIZES, *_MUST_BE_OFF,
 }
 _HARMLESS = {
-    'attention_dropout', 'bos_token_id', 'eos_token_id', 'pad_token_id', 'pretraining_tp', 'use_cache', 'torch_dtype', 'dtype',
-    'transformers_version', '_name_or_path', 'name_or_path', 'is_llama_config', 'transformers.js_config', 'attn_implementation',
-    '_attn_implementation', 'output_attentions', 'output_hidden_states', 'return_dict', 'id2label', 'label2id', 'problem_type',
-    'chunk_size_feed_forward', 'task_specific_params', 'unsloth_fixed', 'unsloth_version',
+    'attention_dropout', 'bos_token_id', 'eos_token_id', 'pad_token_id', 'pretraining_tp', 'use_cache', 'torch_dtype',
+    'dtype', 'transformers_version', '_name_or_path', 'name_or_path', 'is_llama_config', 'transformers.js_config',
+    'attn_implementation', '_attn_implementation', 'output_attentions', 'output_hidden_states', 'return_dict',
+    'id2label', 'label2id', 'problem_type', 'chunk_size_feed_forward', 'task_specific_params', 'unsloth_fixed',
+    'unsloth_version',
 }
 _ROPE_FIELDS = {
-    'rope_type', 'type', 'rope_theta', 'factor', 'original_max_position_embeddings', 'attention_factor', 'beta_fast', 'beta_slow', 'mscale',
-    'mscale_all_dim', 'truncate', 'low_freq_factor', 'high_freq_factor', 'partial_rotary_factor', 'finetuned',
+    'rope_type', 'type', 'rope_theta', 'factor', 'original_max_position_embeddings', 'attention_factor', 'beta_fast',
+    'beta_slow', 'mscale', 'mscale_all_dim', 'truncate', 'low_freq_factor', 'high_freq_factor', 'partial_rotary_factor',
+    'finetuned',
 }
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The `config.json` of a Hugging Face folder. Raises ValueError if the folder or the file is not there, or is no JSON object."""
+    """The `config.json` of a Hugging Face folder. Raises ValueError if the folder or the file is not there, or is no
+    JSON object."""
     path = pathlib.Path(folder) / 'config.json'
     if not path.is_file():
         raise ValueError(f'{folder} is not a Hugging Face model folder: it has no config.json')
@@ -68,7 +75,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def from_hf(config: Mapping[str, Any], **ours: Any) -> ModelConfig:
-    """ModelConfig of a `config.json`; `ours` are fields that it does not have (param_dtype, dtype, attention, remat, ...).
+    """ModelConfig of a `config.json`; `ours` are fields that it does not have (param_dtype, dtype, attention, remat,
+    ...).
 
     Raises ValueError that names the field for a model that this decoder cannot compute exactly.
     """
@@ -210,8 +218,9 @@ def to_hf(cfg: ModelConfig, dtype: str, source: Mapping[str, Any] | None = None,
     Args:
       cfg: the model.
       dtype: of the weights: 'float32', 'bfloat16' or 'float16'.
-      source: config of the folder that the model came from. Only what `cfg` or `dtype` changed is edited in it. If it describes a model of
-        other sizes (the tokenizer's folder of a model trained from scratch, say), it is left out of account.
+      source: config of the folder that the model came from. Only what `cfg` or `dtype` changed is edited in it. If it
+        describes a model of other sizes (the tokenizer's folder of a model trained from scratch, say), it is left out
+        of account.
       eos_ids: for a fresh config.
 
     Raises ValueError for a combination of fields that no Hugging Face architecture has.
@@ -262,9 +271,10 @@ def _fresh(cfg: ModelConfig, dtype: str, eos_ids: Sequence[int]) -> dict[str, An
     if cfg.family == 'llama' and cfg.embed_dim % cfg.num_heads:
         raise ValueError(f'transformers refuses a Llama whose embed_dim={cfg.embed_dim} is no multiple of num_heads={cfg.num_heads}')
     config = {
-        'architectures': [next(name for name, family in ARCHITECTURES.items() if family == cfg.family)], 'model_type': cfg.family,
-        'vocab_size': cfg.vocab_size, 'hidden_size': cfg.embed_dim, 'intermediate_size': cfg.mlp_dim, 'num_hidden_layers': cfg.num_layers,
-        'num_attention_heads': cfg.num_heads, 'num_key_value_heads': cfg.num_kv_heads, 'head_dim': cfg.head_dim, 'hidden_act': 'silu',
+        'architectures': [next(name for name, family in ARCHITECTURES.items() if family == cfg.family)],
+        'model_type': cfg.family, 'vocab_size': cfg.vocab_size, 'hidden_size': cfg.embed_dim,
+        'intermediate_size': cfg.mlp_dim, 'num_hidden_layers': cfg.num_layers, 'num_attention_heads': cfg.num_heads,
+        'num_key_value_heads': cfg.num_kv_heads, 'head_dim': cfg.head_dim, 'hidden_act': 'silu',
         'max_position_embeddings': cfg.max_positions, 'initializer_range': cfg.init_std, 'rms_norm_eps': cfg.norm_eps,
         'tie_word_embeddings': cfg.tie_embeddings, 'attention_dropout': 0.0, 'use_cache': True, 'torch_dtype': dtype,
         # Explicit: the Llama class would otherwise end at id 2.
