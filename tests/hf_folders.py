@@ -17,7 +17,8 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     D, F, V = cfg.embed_dim, cfg.mlp_dim, cfg.vocab_size
     q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     layer = {'input_layernorm.weight': (D,), 'self_attn.q_proj.weight': (q, D), 'self_attn.k_proj.weight': (kv, D),
-             'self_attn.v_proj.weight': (kv, D), 'self_attn.o_proj.weight': (D, q), 'post_attention_layernorm.weight': (D,),
+             'self_attn.v_proj.weight': (kv, D), 'self_attn.o_proj.weight': (D, q),
+             'post_attention_layernorm.weight': (D,),
              'mlp.gate_proj.weight': (F, D), 'mlp.up_proj.weight': (F, D), 'mlp.down_proj.weight': (D, F)}
     if cfg.qk_norm:
         layer |= {'self_attn.q_norm.weight': (cfg.head_dim,), 'self_attn.k_norm.weight': (cfg.head_dim,)}
@@ -32,7 +33,8 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def random_tensors(cfg: ModelConfig, dtype='bfloat16', seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {name: (0.1 * rng.standard_normal(shape, np.float32)).astype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
+    dtype = ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype
+    return {name: (0.1 * rng.standard_normal(shape, np.float32)).astype(dtype)
             for name, shape in shapes(cfg).items()}
 
 
@@ -47,7 +49,8 @@ def write_shard(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
     path.write_bytes(len(text).to_bytes(8, 'little') + text + data)
 
 
-def write_folder(folder: pathlib.Path, cfg: ModelConfig, tensors: dict[str, np.ndarray] | None = None, shards: int = 1, **config) -> dict[str, np.ndarray]:
+def write_folder(folder: pathlib.Path, cfg: ModelConfig, tensors: dict[str, np.ndarray] | None = None, shards: int = 1,
+                 **config) -> dict[str, np.ndarray]:
     """A folder with config.json (`config` replaces fields) and a few files as hubs have them. Returns its tensors."""
     tensors = random_tensors(cfg) if tensors is None else tensors
     (folder / 'docs').mkdir(parents=True)
@@ -62,5 +65,6 @@ def write_folder(folder: pathlib.Path, cfg: ModelConfig, tensors: dict[str, np.n
     for shard in sorted(set(weight_map.values())):
         write_shard(folder / shard, {name: x for name, x in tensors.items() if weight_map[name] == shard})
     total = sum(x.nbytes for x in tensors.values())
-    (folder / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {'total_size': total}, 'weight_map': weight_map}))
+    index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
     return tensors

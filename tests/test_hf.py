@@ -41,7 +41,8 @@ def tensors_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def other_files(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file() and not path.name.endswith(WEIGHT_FILES)}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*')
+            if path.is_file() and not path.name.endswith(WEIGHT_FILES)}
 
 
 def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
@@ -90,8 +91,10 @@ def test_import_puts_every_weight_in_its_place(case, tmp_path, mesh):
         expected = (source[f'{layer}self_attn.{name}_proj.weight'] @ x).reshape(heads, H)
         np.testing.assert_allclose(np.einsum('D,DNH->NH', x, ours[1]), expected, rtol=1e-5, atol=1e-6)
     y = np.random.default_rng(2).standard_normal((N, H)).astype(np.float32)
-    np.testing.assert_allclose(np.einsum('NH,NHD->D', y, attn.wo[1]), source[f'{layer}self_attn.o_proj.weight'] @ y.ravel(), rtol=1e-5, atol=1e-6)
-    for ours, name in ((model.layers.mlp.w_gate, 'gate'), (model.layers.mlp.w_up, 'up'), (model.layers.mlp.w_down, 'down')):
+    expected = source[f'{layer}self_attn.o_proj.weight'] @ y.ravel()
+    np.testing.assert_allclose(np.einsum('NH,NHD->D', y, attn.wo[1]), expected, rtol=1e-5, atol=1e-6)
+    mlp = model.layers.mlp
+    for ours, name in ((mlp.w_gate, 'gate'), (mlp.w_up, 'up'), (mlp.w_down, 'down')):
         np.testing.assert_array_equal(ours[1].T, source[f'{layer}mlp.{name}_proj.weight'])
     for ours, name in ((attn.bq, 'q'), (attn.bk, 'k'), (attn.bv, 'v'), (attn.bo, 'o')):
         if ours is not None:
@@ -99,7 +102,8 @@ def test_import_puts_every_weight_in_its_place(case, tmp_path, mesh):
     np.testing.assert_array_equal(model.layers.attn_norm[1], source[f'{layer}input_layernorm.weight'])
     np.testing.assert_array_equal(model.layers.mlp_norm[1], source[f'{layer}post_attention_layernorm.weight'])
     np.testing.assert_array_equal(model.final_norm[...], source['model.norm.weight'])
-    np.testing.assert_array_equal(model.head, source['model.embed_tokens.weight' if cfg.tie_embeddings else 'lm_head.weight'])
+    np.testing.assert_array_equal(model.embed[...], source['model.embed_tokens.weight'])
+    np.testing.assert_array_equal(model.head, source.get('lm_head.weight', source['model.embed_tokens.weight']))
 
 
 @pytest.mark.parametrize('case', CONFIGS)
@@ -114,19 +118,20 @@ def test_import_export_import_is_the_identity(case, shards, tmp_path, mesh):
     assert_same(tensors_of(second), source)
     assert other_files(second) == other_files(first)
     assert verify_hf(model, second) == len(source)
-    assert_same(torch_free(load_hf(second, cfg, mesh)), torch_free(model))
+    assert_same(parameters(load_hf(second, cfg, mesh)), parameters(model))
     assert sorted(path.name for path in tmp_path.iterdir()) == ['first', 'second']
 
 
-def torch_free(model: Transformer) -> dict[str, np.ndarray]:
+def parameters(model: Transformer) -> dict[str, np.ndarray]:
     return {weight.path: np.asarray(leaf) for weight, leaf in match(model)}
 
 
 def test_safetensors_library_reads_our_files(tmp_path, mesh):
     import safetensors
 
-    source = write_folder(tmp_path / 'in', CFG, random_tensors(CFG, 'float32'))
-    save_hf(load_hf(tmp_path / 'in', dataclasses.replace(CFG, param_dtype='float32'), mesh), tmp_path / 'out', max_shard_bytes=30_000)
+    cfg = CONFIGS['qwen3']
+    source = write_folder(tmp_path / 'in', cfg, random_tensors(cfg, 'float32'))
+    save_hf(load_hf(tmp_path / 'in', cfg, mesh), tmp_path / 'out', max_shard_bytes=30_000)
     read = {}
     for path in (tmp_path / 'out').glob('*.safetensors'):
         assert path.stat().st_size < 50_000
@@ -139,29 +144,30 @@ def test_safetensors_library_reads_our_files(tmp_path, mesh):
 # Sharding
 
 
-@pytest.mark.parametrize('mesh_config', [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(data=2, context=2, fsdp=2)])
-def test_sharded_import_and_export_are_the_same_and_each_device_reads_its_part(mesh_config, tmp_path, monkeypatch, mesh):
+@pytest.mark.parametrize('sizes', [{'fsdp': 8}, {'fsdp': 2, 'tensor': 4}, {'data': 2, 'context': 2, 'fsdp': 2}])
+def test_sharded_import_and_export_are_the_same_and_each_device_reads_its_part(sizes, tmp_path, monkeypatch, mesh):
     one = load_hf(tmp_path_with(tmp_path, UNTIED), UNTIED, mesh)
-    sizes = collections.Counter()
-    make = jax.make_array_from_callback
+    count, make = collections.Counter(), jax.make_array_from_callback
 
     def counting(shape, sharding, callback):
-        sizes.clear()
+        count.clear()
         array = make(shape, sharding, callback)
         shard = math.prod(sharding.shard_shape(shape)) * 2
         copies = {str(index) for index in sharding.devices_indices_map(shape).values()}
         # What is read for a leaf is its parts, once a device at most, and no device's part is more than its shard.
-        assert len(copies) * shard <= sizes['read'] <= 8 * shard, (shape, sharding)
+        assert len(copies) * shard <= count['read'] <= 8 * shard, (shape, sharding)
         return array
 
     monkeypatch.setattr(jax, 'make_array_from_callback', counting)
-    with jax.set_mesh(make_mesh(mesh_config)) as eight:
-        model = load_hf(tmp_path / 'hf', UNTIED, jax.sharding.get_mesh(), lambda size: sizes.update(read=size))
-        assert all(leaf.sharding.mesh == jax.sharding.get_mesh() for _, leaf in match(model))
-        assert model.layers.mlp.w_gate[...].addressable_shards[0].data.size < model.layers.mlp.w_gate[...].size
+    eight = make_mesh(MeshConfig(**sizes))
+    with jax.set_mesh(eight):
+        model = load_hf(tmp_path / 'hf', UNTIED, eight, lambda size: count.update(read=size))
+        assert all(leaf.sharding.mesh == eight for _, leaf in match(model))
+        gate = model.layers.mlp.w_gate[...]
+        assert gate.addressable_shards[0].data.size == gate.size // (sizes['fsdp'] * sizes.get('tensor', 1))
         save_hf(model, tmp_path / 'eight')
         assert verify_hf(model, tmp_path / 'eight') == len(torch_shapes(model))
-    assert_same(torch_free(model), torch_free(one))
+    assert_same(parameters(model), parameters(one))
     assert_same(tensors_of(tmp_path / 'eight'), tensors_of(tmp_path / 'hf'))
 
 
@@ -252,11 +258,11 @@ def test_a_stray_file_is_not_read_and_one_warning_says_so(tmp_path, mesh, caplog
 
 
 @pytest.mark.parametrize(('change', 'words'), [
-    ({'model.layers.1.self_attn.k_norm.weight': None}, 'lacks 1 of the tensors .* model.layers.1.self_attn.k_norm.weight'),
-    ({'model.layers.2.mlp.up_proj.weight': (64, 32)}, 'has 1 tensors that this architecture has no place for: model.layers.2.mlp.up_proj.weight'),
+    ({'model.layers.1.self_attn.k_norm.weight': None}, r'lacks 1 of .*: model.layers.1.self_attn.k_norm.weight'),
+    ({'model.layers.2.mlp.up_proj.weight': (64, 32)}, r'has 1 tensors .*: model.layers.2.mlp.up_proj.weight'),
     ({'model.layers.0.self_attn.q_proj.bias': (64,)}, 'no place for: model.layers.0.self_attn.q_proj.bias'),
-    ({'model.layers.0.self_attn.q_proj.weight': (32, 64)}, r'q_proj.weight has shape \(32, 64\), but config.json calls for \(64, 32\)'),
-    ({'model.embed_tokens.weight': (319, 32)}, r'embed_tokens.weight has shape \(319, 32\), but config.json calls for \(320, 32\)'),
+    ({'model.layers.0.self_attn.q_proj.weight': (32, 64)}, r'q_proj.weight has .*\(32, 64\), .* for \(64, 32\)'),
+    ({'model.embed_tokens.weight': (319, 32)}, r'embed_tokens.weight has shape \(319, 32\), .* calls for \(320, 32\)'),
     ({'model.norm.weight': (1, 32)}, r'model.norm.weight has shape \(1, 32\)'),
 ])
 def test_tensors_that_do_not_fit_the_config_are_refused_by_name(change, words, tmp_path, mesh, monkeypatch):
@@ -282,10 +288,14 @@ def header(tensors: dict, data: bytes) -> bytes:
     return len(text).to_bytes(8, 'little') + text + data
 
 
+def float32(shape: list[int], start: int, stop: int) -> dict:
+    return {'dtype': 'F32', 'shape': shape, 'data_offsets': [start, stop]}
+
+
 @pytest.mark.parametrize(('file', 'words'), [
-    (header({'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 4]}}, bytes(4)), 'a has 4 bytes, but its shape calls for 8'),
-    (header({'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [4, 8]}}, bytes(8)), 'a gap, or an overlap, at byte 0'),
-    (header({n: {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]} for n in 'ab'}, bytes(4)), 'a gap, or an overlap, at byte 4'),
+    (header({'a': float32([2], 0, 4)}, bytes(4)), 'a has 4 bytes, but its shape calls for 8'),
+    (header({'a': float32([1], 4, 8)}, bytes(8)), 'a gap, or an overlap, at byte 0'),
+    (header({'a': float32([1], 0, 4), 'b': float32([1], 0, 4)}, bytes(4)), 'a gap, or an overlap, at byte 4'),
     (header({'a': {'dtype': 'F32', 'shape': [1]}}, bytes(4)), 'is no safetensors file'),
     (header(b'{"a": 1, "a": 2}', b''), 'a name occurs twice'),
     (header(b'{"a": 1', b''), 'is no safetensors file'),
@@ -299,7 +309,8 @@ def test_headers_that_contradict_themselves_are_refused(file, words, tmp_path):
 # B03
 
 
-@pytest.mark.parametrize('case', ['tied', 'tied with its head', 'tied with another head', 'untied without head', 'untied'])
+@pytest.mark.parametrize('case', ['tied', 'tied with its head', 'tied with another head', 'untied without head',
+                                  'untied'])
 def test_tied_and_untied_with_and_without_head(case, tmp_path, mesh):
     cfg = CFG if case.startswith('tied') else UNTIED
     tensors = random_tensors(UNTIED)
@@ -310,7 +321,7 @@ def test_tied_and_untied_with_and_without_head(case, tmp_path, mesh):
         tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
     folder = tmp_path_with(tmp_path, cfg, tensors, shards=2)
     if case == 'tied with another head':
-        with pytest.raises(ValueError, match='lm_head.weight is not the embedding, although config.json says tie_word_embeddings'):
+        with pytest.raises(ValueError, match=r'lm_head.weight is not the embedding, although config.json says tie_'):
             load_hf(folder, cfg, mesh)
         return
     if case == 'untied without head':
@@ -321,8 +332,8 @@ def test_tied_and_untied_with_and_without_head(case, tmp_path, mesh):
     head = own if case == 'untied' else tensors['model.embed_tokens.weight']
     np.testing.assert_array_equal(model.head, head)
     save_hf(model, tmp_path / 'out', files=folder)
-    again = load_hf(tmp_path / 'out', from_hf(read_config(tmp_path / 'out'), param_dtype='bfloat16', dtype='float32', remat='none',
-                                              attention_block=16), mesh)
+    ours = {'param_dtype': 'bfloat16', 'dtype': 'float32', 'remat': 'none', 'attention_block': 16}
+    again = load_hf(tmp_path / 'out', from_hf(read_config(tmp_path / 'out'), **ours), mesh)
     assert ('lm_head.weight' in read_folder(tmp_path / 'out')) == (case == 'untied')
     np.testing.assert_array_equal(logits(again), logits(model))
 
@@ -342,8 +353,9 @@ def test_codes_that_are_not_weights_are_refused_by_dtype_and_key(code, tmp_path,
 
 def test_scales_without_codes_are_refused(tmp_path, mesh):
     name = 'model.layers.0.mlp.up_proj.weight_scale_inv'
+    tensors = random_tensors(CFG) | {name: np.ones((1, 1), ml_dtypes.bfloat16)}
     with pytest.raises(ValueError, match=f'no place for: {name}'):
-        load_hf(tmp_path_with(tmp_path, CFG, random_tensors(CFG) | {name: np.ones((1, 1), ml_dtypes.bfloat16)}), CFG, mesh)
+        load_hf(tmp_path_with(tmp_path, CFG, tensors), CFG, mesh)
 
 
 def test_float_dtypes_and_mixtures_are_the_same_model(tmp_path, mesh):
@@ -369,7 +381,7 @@ def test_overflow_is_reported_and_leaves_nothing_behind(value, tmp_path, mesh):
     folder = tmp_path_with(tmp_path, cfg, tensors)
     model = load_hf(folder, cfg, mesh)
     if value > 1e38:
-        with pytest.raises(ValueError, match=r'model.layers.1.mlp.down_proj.weight has values that bfloat16 cannot hold'):
+        with pytest.raises(ValueError, match=r'layers.1.mlp.down_proj.weight has values that bfloat16 cannot hold'):
             load_hf(folder, CFG, mesh)
     with pytest.raises(ValueError, match=r'model.layers.1.mlp.down_proj.weight has values that float16 cannot hold'):
         save_hf(model, tmp_path / 'out', dtype='float16')
@@ -463,7 +475,8 @@ def test_other_files_are_carried_over_whatever_they_are(tmp_path, mesh):
     (folder / 'docs' / 'deep').mkdir()
     (folder / 'docs' / 'deep' / 'paper.pdf').write_bytes(bytes(range(256)))
     expected = other_files(folder)
-    for stale in ('pytorch_model.bin', 'pytorch_model.bin.index.json', 'original.pth', 'docs/model.gguf', '.git/objects', '.cache/huggingface/x'):
+    for stale in ('pytorch_model.bin', 'pytorch_model.bin.index.json', 'original.pth', 'docs/model.gguf',
+                  '.git/objects', '.cache/huggingface/x'):
         (folder / stale).parent.mkdir(parents=True, exist_ok=True)
         (folder / stale).write_bytes(b'weights')
     save_hf(load_hf(folder, CFG, mesh), tmp_path / 'out', files=folder)
@@ -491,7 +504,7 @@ def test_a_model_from_scratch_brings_its_tokenizer_and_stop_ids(tmp_path, mesh):
     assert read_config(tmp_path / 'out')['eos_token_id'] == list(stops)
     import transformers
 
-    read = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+    read = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / 'out')
     assert read.encode('1+1<|im_end|>') == tokenizer.encode('1+1<|im_end|>')
     with pytest.raises(ValueError, match='Hugging Face has no qwen3'):
         config_bytes(tiny_config('qwen3', qk_norm=False), 'float32')

@@ -1,6 +1,6 @@
-"""Weights from and to Hugging Face folders, every tensor accounted for in both directions (names and layouts:
-hf_names.py).
- Names, shapes, dtypes and file sizes are all checked, from headers, before anything is allocated or written. Import
+"""Weights from and to Hugging Face folders, every tensor accounted for both ways (names and layouts: hf_names.py).
+
+Names, shapes, dtypes and file sizes are all checked, from headers, before anything is allocated or written. Import
 gives each device only the bytes of its shard. Export writes into a temporary folder that gets its name last. Either way
 the host holds one copy of the weights at most, and besides it one tensor of one layer.
 """
@@ -15,32 +15,41 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from qedjax.checkpoint.hf_names import Weight, match, torch_shapes
-from qedjax.checkpoint.safetensors_io import DTYPES, INDEX, Entry, create_folder, finish_folder, read_folder, write_tensor
+from qedjax.checkpoint.hf_names import Weight, match, tensors, torch_shapes
+from qedjax.checkpoint.safetensors_io import (
+    DTYPES,
+    INDEX,
+    Entry,
+    create_folder,
+    finish_folder,
+    read_folder,
+    write_tensor,
+)
 from qedjax.model.config import ModelConfig
-from qedjax.model.hf_config import from_hf, read_config, to_hf
+from qedjax.model.hf_config import OUR_FIELDS, from_hf, read_config, to_hf
 from qedjax.model.transformer import Transformer
 from qedjax.sharding import abstract
 
 SHARD_BYTES = 5e9
+Progress = Callable[[int], object]  # is told the bytes of each piece read or written
 # Weights in any format: never carried over, since they would be those of another model.
-WEIGHT_SUFFIXES = ('.safetensors', INDEX, '.bin', '.bin.index.json', '.pth', '.pt', '.ckpt', '.gguf', '.msgpack', '.h5', '.onnx', '.onnx_data')
+WEIGHT_SUFFIXES = ('.safetensors', INDEX, '.bin', '.bin.index.json', '.pth', '.pt', '.ckpt', '.gguf', '.msgpack', '.h5',
+                   '.onnx', '.onnx_data')
 CACHES = ('.git', '.cache')  # of the tools that download
 
 
 # Import
 
 
-def load_hf(folder: str | os.PathLike, cfg: ModelConfig, mesh: Mesh, progress: Callable[[int], object] | None = None) -> Transformer:
-    """Reads the weights of a folder, sharded over `mesh` and in cfg.param_dtype; float32, float16 and bfloat16 may be
-    mixed in it.
+def load_hf(folder: str | os.PathLike, cfg: ModelConfig, mesh: Mesh, progress: Progress | None = None) -> Transformer:
+    """Reads the weights of a folder, sharded over `mesh` and in cfg.param_dtype.
 
-    `progress` is told the bytes of each piece read. Raises ValueError, before anything is allocated, for a tensor that
-    is missing, left over, misshapen, cut or of another dtype; and for one whose values overflow param_dtype.
+    Float32, float16 and bfloat16 may be mixed in the folder. Raises ValueError, before anything is allocated, for a
+    tensor that is missing, left over, misshapen, cut or of another dtype; and for one whose values overflow
+    param_dtype.
     """
     entries = read_folder(folder)
     target = abstract(lambda: Transformer(cfg, jax.random.key(0)), mesh)
@@ -57,12 +66,13 @@ def stored_dtype(folder: str | os.PathLike) -> str:
 
 def _account(folder, cfg: ModelConfig, entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]]) -> None:
     if missing := [name for name in expected if name not in entries]:
-        raise ValueError(f'{folder} lacks {len(missing)} of the tensors that its config.json calls for: {_some(missing)}')
+        raise ValueError(f'{folder} lacks {len(missing)} of the tensors that its config.json calls for: '
+                         f'{_some(missing)}')
     extra = [name for name in entries if name not in expected and not name.endswith('rotary_emb.inv_freq')]
     if cfg.tie_embeddings and 'lm_head.weight' in extra:
         if not _equal(entries['lm_head.weight'], entries['model.embed_tokens.weight']):
-            raise ValueError(f'{folder}: lm_head.weight is not the embedding, although config.json says tie_word_embeddings; set that to false '
-                             'to use this head, or delete the tensor')
+            raise ValueError(f'{folder}: lm_head.weight is not the embedding, although config.json says '
+                             'tie_word_embeddings; set that to false to use this head, or delete the tensor')
         extra.remove('lm_head.weight')
     if extra:
         raise ValueError(f'{folder} has {len(extra)} tensors that this architecture has no place for: {_some(extra)}')
@@ -77,15 +87,18 @@ def _some(names: Sequence[str]) -> str:
 
 def _equal(left: Entry, right: Entry) -> bool:
     a, b = left.view(), right.view()
-    return a.shape == b.shape and all(np.array_equal(a[rows].astype(np.float32), b[rows].astype(np.float32)) for rows in _blocks(a.shape))
+    return a.shape == b.shape and all(np.array_equal(a[rows].astype(np.float32), b[rows].astype(np.float32))
+                                      for rows in _blocks(a.shape))
 
 
-def _load(weight: Weight, leaf: jax.ShapeDtypeStruct, entries: Mapping[str, Entry], progress: Callable[[int], object] | None) -> jax.Array:
+def _load(weight: Weight, leaf: jax.ShapeDtypeStruct, entries: Mapping[str, Entry],
+          progress: Progress | None) -> jax.Array:
     """One parameter. Each device's callback reads the part of the files that its shard needs."""
     names, apart = weight.names(leaf.shape), weight.split_shape(leaf.shape)
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        out = _aligned([len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True)], leaf.dtype)
+        sizes = [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True)]
+        out = _aligned(sizes, leaf.dtype)
         layers, part = (index[0], index[1:]) if weight.stacked else (slice(None), index)
         for name, ours in zip(names[layers], out if weight.stacked else [out], strict=True):
             values = entries[name].view().reshape(apart)[tuple(part[axis] for axis in weight.order)]
@@ -128,7 +141,7 @@ def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def save_hf(model: Transformer, folder: str | os.PathLike, *, files: str | os.PathLike | None = None, tokenizer=None,
             eos_ids: Sequence[int] = (), dtype: str | None = None, max_shard_bytes: float = SHARD_BYTES,
-            progress: Callable[[int], object] | None = None) -> None:
+            progress: Progress | None = None) -> None:
     """Writes a model as a Hugging Face folder. On several hosts all call it, and the first writes.
 
     Args:
@@ -177,20 +190,23 @@ def check_target(folder: str | os.PathLike) -> None:
         raise ValueError(f'{folder} already exists and is not empty; choose another folder or delete it')
 
 
-def config_bytes(cfg: ModelConfig, dtype: str, files: str | os.PathLike | None = None, eos_ids: Sequence[int] = ()) -> bytes:
+def config_bytes(cfg: ModelConfig, dtype: str, files: str | os.PathLike | None = None,
+                 eos_ids: Sequence[int] = ()) -> bytes:
     """`config.json` of an export: the bytes that `files` has where nothing in it changes.
 
     Raises ValueError if a model of this config cannot be exported: a launcher can ask before it trains.
     """
-    if dtype not in [known.name for known in DTYPES.values()]:
-        raise ValueError(f'weights cannot be written as {dtype!r}; choose one of {", ".join(known.name for known in DTYPES.values())}')
+    choices = [known.name for known in DTYPES.values()]
+    if dtype not in choices:
+        raise ValueError(f'weights cannot be written as {dtype!r}; choose one of {", ".join(choices)}')
     path = pathlib.Path(files, 'config.json') if files else None
     old = read_config(files) if path and path.is_file() else None
     new = to_hf(cfg, dtype, old, eos_ids)
     return path.read_bytes() if new == old else (json.dumps(new, indent=2) + '\n').encode()
 
 
-def _prepare(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, max_shard_bytes: float) -> dict[str, Entry]:
+def _prepare(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype,
+             max_shard_bytes: float) -> dict[str, Entry]:
     folder.mkdir(parents=True)
     size, free = sum(map(math.prod, shapes.values())) * dtype.itemsize, shutil.disk_usage(folder).free
     if size > free:
@@ -199,14 +215,12 @@ def _prepare(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype:
 
 
 def _torch_tensors(model: Transformer) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a model's Hugging Face folder, as a (transposed) view of a host copy of its layer; the first axis
-    is torch's."""
-    for weight, leaf in match(model):
-        for layer, name in enumerate(weight.names(leaf.shape)):
-            values = leaf[layer] if weight.stacked else leaf
-            if not values.is_fully_addressable:
-                values = multihost_utils.process_allgather(values, tiled=True)
-            yield name, np.asarray(values).transpose(weight.order)
+    """Every tensor of a model's folder, as a (transposed) view of a host copy of its layer, merged dimensions apart."""
+    for name, (weight, leaf, layer) in tensors(model).items():
+        values = leaf[layer] if weight.stacked else leaf
+        if not values.is_fully_addressable:
+            values = multihost_utils.process_allgather(values, tiled=True)
+        yield name, np.asarray(values).transpose(weight.order)
 
 
 def _write_other_files(folder: pathlib.Path, config: bytes, files, tokenizer, eos_ids: Sequence[int]) -> None:
@@ -237,21 +251,21 @@ def copy_other_files(source: str | os.PathLike, target: str | os.PathLike) -> No
             shutil.copyfile(path, copy)
 
 
-def verify_hf(model: Transformer, folder: str | os.PathLike, progress: Callable[[int], object] | None = None) -> int:
-    """Reopens an exported folder and compares its config and, bit for bit, every tensor with the model; returns how
-    many.
+def verify_hf(model: Transformer, folder: str | os.PathLike, progress: Progress | None = None) -> int:
+    """Compares the config and, bit for bit, every tensor of an exported folder with the model; returns how many.
 
     Raises ValueError that names the first field or tensor that is missing, left over or different.
     """
     entries, shapes = read_folder(folder), torch_shapes(model)
-    if difference := entries.keys() ^ shapes.keys():
-        raise ValueError(f'{folder}: {min(difference)} is {"missing" if min(difference) in shapes else "not of this model"}; export again')
-    ours = {field: getattr(model.cfg, field) for field in ('init_std', 'param_dtype', 'dtype', 'attention', 'attention_block', 'remat')}
+    if difference := sorted(entries.keys() ^ shapes.keys()):
+        kind = 'missing' if difference[0] in shapes else 'not of this model'
+        raise ValueError(f'{folder}: {difference[0]} is {kind}; export again')
+    ours = {field: getattr(model.cfg, field) for field in ('init_std', *OUR_FIELDS)}
     if (read := from_hf(read_config(folder), **ours)) != model.cfg:
         raise ValueError(f'{folder}: config.json describes {read}, but the model is {model.cfg}; export again')
     for name, values in _torch_tensors(model):
         if entries[name].shape != shapes[name]:
-            raise ValueError(f'{folder}: {name} has shape {entries[name].shape} instead of {shapes[name]}; export again')
+            raise ValueError(f'{folder}: {name} has shape {entries[name].shape}, not {shapes[name]}; export again')
         stored = entries[name].view().reshape(values.shape)
         for rows in _blocks(values.shape):
             block = np.ascontiguousarray(_cast(name, values[rows], stored.dtype)).view(np.uint8)

@@ -12,7 +12,8 @@ class Weight:
     """How a parameter is called and laid out on both sides.
 
     Attributes:
-      name: in Hugging Face folders, where {} is the layer; a name with {} is one tensor a layer there and stacked [L, ...] here.
+      name: in Hugging Face folders, where {} is the layer; a name with {} is one tensor a layer there and stacked [L,
+        ...] here.
       torch: its dimensions there, a word each, merged ones in one word: 'NH D' is [N * H, D].
       path: here, below the model.
       ours: its dimensions here, without L.
@@ -29,7 +30,8 @@ class Weight:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Axes of ours in the order of torch's: `ours.transpose(order)` is the torch tensor, its merged dimensions still apart."""
+        """Axes of ours in the order of torch's: `ours.transpose(order)` is the torch tensor, its merged dimensions
+        still apart."""
         letters = self.ours.split()
         return tuple(letters.index(letter) for letter in self.torch.replace(' ', ''))
 
@@ -47,7 +49,8 @@ class Weight:
         return tuple(math.prod(sizes[letter] for letter in word) for word in self.torch.split())
 
 
-# D embed, N heads, K kv heads, H head_dim, F mlp, V vocab. A parameter that a config has not is not expected in its folder.
+# D embed, N heads, K kv heads, H head_dim, F mlp, V vocab. A parameter that a config has not is not expected in its
+# folder.
 TABLE = tuple(Weight(*row) for row in (
     ('model.embed_tokens.weight', 'V D', 'embed', 'V D'),
     ('model.layers.{}.input_layernorm.weight', 'D', 'layers.attn_norm', 'D'),
@@ -71,7 +74,7 @@ TABLE = tuple(Weight(*row) for row in (
 
 
 def match(model) -> list[tuple[Weight, jax.Array]]:
-    """Rows of the table that a model (or its abstract tree) has, in the model's order; every parameter has exactly one."""
+    """Row of the table of each parameter of a model (or of its abstract tree), in the model's order."""
     pairs = []
     for path, leaf in jax.tree.leaves_with_path(model):
         name = jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')
@@ -81,9 +84,18 @@ def match(model) -> list[tuple[Weight, jax.Array]]:
     return pairs
 
 
+def tensors(model) -> dict[str, tuple[Weight, jax.Array, int]]:
+    """Row, parameter and layer of each tensor of a model's (or its abstract tree's) folder, in forward order."""
+    found = [(weight, leaf, layer) for weight, leaf in match(model) for layer in range(len(weight.names(leaf.shape)))]
+
+    def order(tensor):
+        weight, _, layer = tensor
+        place = TABLE.index(weight)
+        return (1, layer, place) if weight.stacked else (place, 0, 0)
+
+    return {weight.names(leaf.shape)[layer]: (weight, leaf, layer) for weight, leaf, layer in sorted(found, key=order)}
+
+
 def torch_shapes(model) -> dict[str, tuple[int, ...]]:
-    """Tensors that the Hugging Face folder of a model (or of its abstract tree) has, with their shapes."""
-    shapes = {}
-    for weight, leaf in match(model):
-        shapes |= dict.fromkeys(weight.names(leaf.shape), weight.torch_shape(leaf.shape))
-    return shapes
+    """Shape of each tensor of a model's (or its abstract tree's) folder."""
+    return {name: weight.torch_shape(leaf.shape) for name, (weight, leaf, _) in tensors(model).items()}

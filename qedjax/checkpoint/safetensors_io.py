@@ -1,5 +1,6 @@
 """Safetensors folders by headers and byte ranges, in numpy alone.
- The format: 8 bytes of header length, a JSON header with dtype, shape and byte range of each tensor, then the bytes,
+
+The format: 8 bytes of header length, a JSON header with dtype, shape and byte range of each tensor, then the bytes,
 without gaps. (The library's numpy reader knows no bfloat16 and reads whole tensors; a map of one tensor gives any part
 of it for the pages touched.)
 """
@@ -52,7 +53,8 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Entry]:
     if not (folder / INDEX).is_file():
         if SINGLE not in found:
             other = ', '.join(found) or 'no safetensors file'
-            raise ValueError(f'{folder} has {other}, but neither {SINGLE} nor {INDEX}; {_FETCH}, or save its weights as safetensors')
+            raise ValueError(f'{folder} has {other}, but neither {SINGLE} nor {INDEX}; {_FETCH}, or save its weights '
+                             'as safetensors')
         _warn_of_strays(folder, found, [SINGLE])
         return read_header(folder / SINGLE)
     index = _read_index(folder / INDEX)
@@ -65,10 +67,12 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Entry]:
     headers = {shard: read_header(folder / shard) for shard in shards}
     for name, shard in index.items():
         if name not in headers[shard]:
-            raise ValueError(f'{folder} lacks the tensor {name}: {shard}, where {INDEX} puts it, does not hold it; {_FETCH}')
+            raise ValueError(f'{folder} lacks the tensor {name}: {shard}, where {INDEX} puts it, does not hold it; '
+                             f'{_FETCH}')
     for shard, tensors in headers.items():
         if unlisted := [name for name in tensors if index.get(name) != shard]:
-            raise ValueError(f'{folder}: {shard} holds the tensor {unlisted[0]}, which {INDEX} does not list there; {_FETCH}')
+            raise ValueError(f'{folder}: {shard} holds the tensor {unlisted[0]}, which {INDEX} does not list there; '
+                             f'{_FETCH}')
     return {name: headers[shard][name] for name, shard in index.items()}
 
 
@@ -88,8 +92,10 @@ def _warn_of_strays(folder: pathlib.Path, found: Iterable[str], shards: Iterable
 
 
 def read_header(path: pathlib.Path) -> dict[str, Entry]:
-    """Tensors of one file. Raises ValueError if it is cut or longer than its header says, or holds a dtype that is not
-    a plain float."""
+    """Tensors of one file.
+
+    Raises ValueError if it is cut, longer than its header says, or holds a dtype that is not a plain float.
+    """
     size = path.stat().st_size
     with path.open('rb') as file:
         length = int.from_bytes(file.read(8), 'little')
@@ -121,18 +127,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: pathlib.Path, base: int, name: str, info: Mapping[str, Any]) -> Entry:
     if info['dtype'] not in DTYPES:
-        raise ValueError(f'{path}: the tensor {name} is stored as {info["dtype"]}, whose codes are not weights by themselves; '
-                         'use a checkpoint in bfloat16, float16 or float32')
+        raise ValueError(f'{path}: the tensor {name} is stored as {info["dtype"]}, whose codes are not weights by '
+                         'themselves; use a checkpoint in bfloat16, float16 or float32')
     start, stop = info['data_offsets']
     entry = Entry(path, DTYPES[info['dtype']], tuple(info['shape']), base + start)
     if stop - start != entry.nbytes:
-        raise ValueError(f'{path}: the tensor {name} has {stop - start} bytes, but its shape calls for {entry.nbytes}; {_FETCH}')
+        raise ValueError(f'{path}: the tensor {name} has {stop - start} bytes, but its shape calls for {entry.nbytes}; '
+                         f'{_FETCH}')
     return entry
 
 
-def create_folder(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, max_shard_bytes: float) -> dict[str, Entry]:
-    """Creates files with headers for tensors of one dtype, and an index if there are several; the bytes are still
-    holes."""
+def create_folder(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype,
+                  max_shard_bytes: float) -> dict[str, Entry]:
+    """Creates files with headers for tensors of one dtype, and an index if there are several; bytes are still holes."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards, room = [[]], max_shard_bytes
     for name, size in sizes.items():
@@ -145,7 +152,8 @@ def create_folder(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], d
         file = SINGLE if len(shards) == 1 else f'model-{number:05d}-of-{len(shards):05d}.safetensors'
         entries |= _create_file(folder / file, {name: shapes[name] for name in names}, dtype)
     if len(shards) > 1:
-        index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': {name: entry.file.name for name, entry in sorted(entries.items())}}
+        weight_map = {name: entry.file.name for name, entry in sorted(entries.items())}
+        index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + '\n')
     return entries
 
@@ -177,8 +185,7 @@ def write_tensor(entry: Entry, blocks: Iterable[np.ndarray]) -> None:
 
 
 def finish_folder(folder: pathlib.Path, entries: Mapping[str, Entry]) -> None:
-    """Hands a folder just written to the disk and reads its headers again; raises OSError unless they hold exactly
-    these tensors."""
+    """Hands a folder just written to the disk; raises OSError unless its headers read back as these tensors."""
     for path in sorted({entry.file for entry in entries.values()}):
         with path.open('rb') as file:
             os.fsync(file.fileno())

@@ -1,5 +1,6 @@
 """Hugging Face `config.json` to ModelConfig and back, in the layouts of transformers 4 and 5.
- A field that changes the function is honoured or refused by name. What a file leaves out takes the default of its
+
+A field that changes the function is honoured or refused by name. What a file leaves out takes the default of its
 transformers class.
 """
 
@@ -17,14 +18,17 @@ from qedjax.model.config import ModelConfig, RopeScaling, validate
 
 # model_type -> our family. Mistral without its sliding window is a Llama.
 FAMILIES = {'qwen3': 'qwen3', 'qwen2': 'qwen2', 'llama': 'llama', 'mistral': 'llama'}
-ARCHITECTURES = {'Qwen3ForCausalLM': 'qwen3', 'Qwen2ForCausalLM': 'qwen2', 'LlamaForCausalLM': 'llama', 'MistralForCausalLM': 'mistral'}
+ARCHITECTURES = {'Qwen3ForCausalLM': 'qwen3', 'Qwen2ForCausalLM': 'qwen2', 'LlamaForCausalLM': 'llama',
+                 'MistralForCausalLM': 'mistral'}
+OUR_FIELDS = ('param_dtype', 'dtype', 'attention', 'attention_block', 'remat')  # that no config.json has
 _CLASS_DEFAULTS = {
     'qwen3': {'num_key_value_heads': 32, 'head_dim': 128, 'max_position_embeddings': 32_768},
     'qwen2': {'num_key_value_heads': 32, 'max_position_embeddings': 32_768},
     'llama': {'max_position_embeddings': 2048},
     'mistral': {'num_key_value_heads': 8, 'max_position_embeddings': 131_072, 'sliding_window': 4096},
 }
-_DEFAULTS = {'rms_norm_eps': 1e-6, 'initializer_range': 0.02, 'tie_word_embeddings': False, 'hidden_act': 'silu', 'max_window_layers': 28}
+_DEFAULTS = {'rms_norm_eps': 1e-6, 'initializer_range': 0.02, 'tie_word_embeddings': False, 'hidden_act': 'silu',
+             'max_window_layers': 28}
 _DEFAULT_THETA = 10_000.0
 _SIZES = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
 # Fields of relatives that compute something else, each with the values at which they do not. None and absence always
@@ -60,8 +64,7 @@ _ROPE_FIELDS = {
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The `config.json` of a Hugging Face folder. Raises ValueError if the folder or the file is not there, or is no
-    JSON object."""
+    """The `config.json` of a folder. Raises ValueError if either is not there, or it is no JSON object."""
     path = pathlib.Path(folder) / 'config.json'
     if not path.is_file():
         raise ValueError(f'{folder} is not a Hugging Face model folder: it has no config.json')
@@ -75,8 +78,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def from_hf(config: Mapping[str, Any], **ours: Any) -> ModelConfig:
-    """ModelConfig of a `config.json`; `ours` are fields that it does not have (param_dtype, dtype, attention, remat,
-    ...).
+    """ModelConfig of a `config.json`; `ours` sets OUR_FIELDS, which it does not have.
 
     Raises ValueError that names the field for a model that this decoder cannot compute exactly.
     """
@@ -85,16 +87,21 @@ def from_hf(config: Mapping[str, Any], **ours: Any) -> ModelConfig:
     if missing := [key for key in _SIZES if config.get(key) is None]:
         raise ValueError(f'config.json has no {", ".join(missing)}; it is not complete')
     _refuse(config, model_type)
-    family, heads = FAMILIES[model_type], config['num_attention_heads']
-    bias = bool(config.get('attention_bias')) and family != 'qwen2'  # Qwen2 has its three biases, whatever the field says
     theta, scaling = _rope(config)
+    positions = config['max_position_embeddings']
+    if scaling.kind == 'yarn' and positions == scaling.original_positions:  # switched on, the rest left as pre-trained
+        positions = round(scaling.factor * positions)
+    _refuse_windows(config, model_type, positions)
+    family, heads = FAMILIES[model_type], config['num_attention_heads']
+    bias = bool(config.get('attention_bias')) and family != 'qwen2'  # Qwen2 has three biases, whatever the field says
     cfg = ModelConfig(
-        family=family, vocab_size=config['vocab_size'], embed_dim=config['hidden_size'], mlp_dim=config['intermediate_size'],
-        num_layers=config['num_hidden_layers'], num_heads=heads, num_kv_heads=config.get('num_key_value_heads') or heads,
+        family=family, vocab_size=config['vocab_size'], embed_dim=config['hidden_size'],
+        mlp_dim=config['intermediate_size'], num_layers=config['num_hidden_layers'], num_heads=heads,
+        num_kv_heads=config.get('num_key_value_heads') or heads,
         head_dim=config.get('head_dim') or config['hidden_size'] // heads, qk_norm=family == 'qwen3',
         qkv_bias=bias or family == 'qwen2', output_bias=bias, tie_embeddings=bool(config['tie_word_embeddings']),
         rope_theta=theta, rope_scaling=scaling, norm_eps=config['rms_norm_eps'], init_std=config['initializer_range'],
-        max_positions=config['max_position_embeddings'])
+        max_positions=positions)
     cfg = dataclasses.replace(cfg, **ours)
     validate(cfg)
     return cfg
@@ -103,12 +110,14 @@ def from_hf(config: Mapping[str, Any], **ours: Any) -> ModelConfig:
 def _model_type(config: Mapping[str, Any]) -> str:
     names = config.get('architectures') or []
     if unknown := [name for name in names if name not in ARCHITECTURES]:
-        raise ValueError(f'config.json: architecture {unknown[0]} is not implemented; choose one of {", ".join(ARCHITECTURES)}')
+        raise ValueError(f'config.json: architecture {unknown[0]} is not implemented; choose one of '
+                         f'{", ".join(ARCHITECTURES)}')
     if 'AutoModelForCausalLM' in (config.get('auto_map') or {}):
         raise ValueError('config.json: auto_map names model code of its own, which is not implemented')
     model_type = config.get('model_type') or (ARCHITECTURES[names[0]] if names else None)
     if model_type not in FAMILIES:
-        raise ValueError(f'config.json: model_type {model_type!r} is not implemented; choose one of {", ".join(FAMILIES)}')
+        raise ValueError(f'config.json: model_type {model_type!r} is not implemented; choose one of '
+                         f'{", ".join(FAMILIES)}')
     return model_type
 
 
@@ -117,33 +126,33 @@ def _refuse(config: Mapping[str, Any], model_type: str) -> None:
     for key in ('quantization_config', 'compression_config'):
         if config.get(key):
             method = config[key].get('quant_method', 'unknown method')
-            raise ValueError(f'config.json: {key} ({method}) is not implemented; use the unquantised checkpoint of this model')
+            raise ValueError(f'config.json: {key} ({method}) is not implemented; use the unquantised checkpoint')
     if config['hidden_act'] not in ('silu', 'swish'):
         raise ValueError(f'config.json: hidden_act={config["hidden_act"]!r} is not implemented; only silu is')
     for key, off in _MUST_BE_OFF.items():
         if config.get(key) is not None and config[key] not in off:
             raise ValueError(f'config.json: {key}={config[key]!r} is not implemented')
     if model_type == 'mistral' and config.get('attention_bias'):
-        raise ValueError('config.json: attention_bias is unknown to mistral; set model_type to llama if the projections have biases')
-    _refuse_windows(config, model_type)
+        raise ValueError('config.json: attention_bias is unknown to mistral; set model_type to llama if it has biases')
     if unknown := sorted(config.keys() - _READ - _HARMLESS):
         logging.warning('config.json: unknown fields are ignored: %s', ', '.join(unknown))
 
 
-def _refuse_windows(config: Mapping[str, Any], model_type: str) -> None:
+def _refuse_windows(config: Mapping[str, Any], model_type: str, positions: int) -> None:
     """Raises if a layer's attention is really cut to a window, by the rules of transformers."""
     window, layers, kinds = config.get('sliding_window'), config['num_hidden_layers'], config.get('layer_types')
     if model_type.startswith('qwen'):
         if not config.get('use_sliding_window'):
             window = None
-        kinds = kinds or ['sliding_attention' if window and i >= config['max_window_layers'] else 'full_attention' for i in range(layers)]
+        kinds = kinds or ['sliding_attention' if window and layer >= config['max_window_layers'] else 'full_attention'
+                          for layer in range(layers)]
     if unknown := set(kinds or ()) - {'full_attention', 'sliding_attention'}:
         raise ValueError(f'config.json: layer type {min(unknown)!r} is not implemented')
     windowed = kinds.count('sliding_attention') if kinds is not None else layers if window else 0
     # A window as long as the longest row hides nothing.
-    if windowed and not (window and window >= config['max_position_embeddings']):
-        raise ValueError(f'config.json: sliding_window={window} is in effect on {windowed} of {layers} layers, which is not implemented; '
-                         'only full attention is')
+    if windowed and not (window and window >= positions):
+        raise ValueError(f'config.json: sliding_window={window} is in effect on {windowed} of {layers} layers, which '
+                         'is not implemented; only full attention is')
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
@@ -151,7 +160,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     new, old = config.get('rope_parameters') or {}, config.get('rope_scaling') or {}
     rope = {**new, **old}
     if differing := [key for key in sorted(new.keys() & old.keys()) if new[key] != old[key]]:
-        raise ValueError(f'config.json: rope_parameters and rope_scaling disagree on {differing[0]}; delete one of them')
+        raise ValueError(f'config.json: rope_parameters and rope_scaling disagree on {differing[0]}; delete one')
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
         raise ValueError(f'config.json: rope_parameters of its own for {nested[0]} layers are not implemented')
     kind = rope.get('rope_type') or rope.get('type') or 'default'
@@ -163,7 +172,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
         raise ValueError(f'config.json: partial_rotary_factor={rope["partial_rotary_factor"]} is not implemented')
     theta, top = rope.get('rope_theta'), config.get('rope_theta')
     if theta is not None and top is not None and theta != top:
-        logging.warning('config.json: rope_theta is %s, but %s in rope_parameters, which wins as in transformers 5', top, theta)
+        logging.warning('config.json: rope_theta is %s, but %s in rope_parameters, which wins as in transformers 5',
+                        top, theta)
     theta = top if theta is None else theta
     if theta is None:
         theta = _DEFAULT_THETA
@@ -177,15 +187,17 @@ def _linear(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
 
 def _llama3(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
     return RopeScaling('llama3', factor=_number(rope, 'factor'), original_positions=_original(rope, config),
-                       low_freq_factor=_number(rope, 'low_freq_factor'), high_freq_factor=_number(rope, 'high_freq_factor'))
+                       low_freq_factor=_number(rope, 'low_freq_factor'),
+                       high_freq_factor=_number(rope, 'high_freq_factor'))
 
 
 def _yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
     original = _original(rope, config)
     if 'factor' in rope and rope['factor'] is None:
         rope = {**rope, 'factor': config['max_position_embeddings'] / original}
-    scaling = RopeScaling('yarn', factor=_number(rope, 'factor'), original_positions=original, beta_fast=float(rope.get('beta_fast') or 32),
-                          beta_slow=float(rope.get('beta_slow') or 1), truncate=bool(rope.get('truncate', True)))
+    scaling = RopeScaling('yarn', factor=_number(rope, 'factor'), original_positions=original,
+                          beta_fast=float(rope.get('beta_fast') or 32), beta_slow=float(rope.get('beta_slow') or 1),
+                          truncate=bool(rope.get('truncate', True)))
     factor, mscale, mscale_all_dim = (rope.get(key) for key in ('attention_factor', 'mscale', 'mscale_all_dim'))
     if factor is None and mscale and mscale_all_dim:
         factor = _mscale(scaling.factor, mscale) / _mscale(scaling.factor, mscale_all_dim)
@@ -203,16 +215,19 @@ _SCALINGS = {'default': lambda rope, config: RopeScaling(), 'linear': _linear, '
 def _number(rope: Mapping[str, Any], key: str) -> float:
     value = rope.get(key)
     if not isinstance(value, int | float):
-        raise ValueError(f'config.json: rope type {rope.get("rope_type") or rope.get("type")!r} needs a number {key}, not {value!r}')
+        kind = rope.get('rope_type') or rope['type']
+        raise ValueError(f'config.json: rope type {kind!r} needs a number {key}, not {value!r}')
     return float(value)
 
 
 def _original(rope: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     """Positions of pre-training: outside the rope fields (it wins), inside, or those of the model."""
-    return int(config.get('original_max_position_embeddings') or rope.get('original_max_position_embeddings') or config['max_position_embeddings'])
+    key = 'original_max_position_embeddings'
+    return int(config.get(key) or rope.get(key) or config['max_position_embeddings'])
 
 
-def to_hf(cfg: ModelConfig, dtype: str, source: Mapping[str, Any] | None = None, eos_ids: Sequence[int] = ()) -> dict[str, Any]:
+def to_hf(cfg: ModelConfig, dtype: str, source: Mapping[str, Any] | None = None,
+          eos_ids: Sequence[int] = ()) -> dict[str, Any]:
     """`config.json` of exported weights.
 
     Args:
@@ -235,8 +250,9 @@ def to_hf(cfg: ModelConfig, dtype: str, source: Mapping[str, Any] | None = None,
     for field, key in (('norm_eps', 'rms_norm_eps'), ('max_positions', 'max_position_embeddings')):
         if getattr(origin, field) != getattr(cfg, field):
             config[key] = fresh[key]
-    scaled = cfg.rope_scaling.kind != 'default' and origin.max_positions != cfg.max_positions  # positions may stand in for the original's
-    if scaled or (origin.rope_theta, origin.rope_scaling) != (cfg.rope_theta, cfg.rope_scaling):
+    # The source may leave the positions of pre-training to max_position_embeddings, which has just been edited.
+    implicit = cfg.rope_scaling.kind != 'default' and origin.max_positions != cfg.max_positions
+    if implicit or (origin.rope_theta, origin.rope_scaling) != (cfg.rope_theta, cfg.rope_scaling):
         for key in ('rope_theta', 'rope_parameters', 'rope_scaling', 'original_max_position_embeddings'):
             config.pop(key, None)
         config |= {key: fresh[key] for key in ('rope_theta', 'rope_parameters', 'rope_scaling')}
@@ -250,10 +266,8 @@ def _describes(source: Mapping[str, Any], cfg: ModelConfig) -> ModelConfig | Non
     except ValueError as error:
         logging.warning('the config.json of the source folder is replaced: %s', error)
         return None
-    # Everything that shapes the weights; the rest can be edited.
-    same = {field: getattr(cfg, field) for field in ('rope_theta', 'rope_scaling', 'norm_eps', 'max_positions', 'init_std', 'param_dtype', 'dtype',
-                                                     'attention', 'attention_block', 'remat')}
-    if dataclasses.replace(origin, **same) != cfg:
+    editable = ('rope_theta', 'rope_scaling', 'norm_eps', 'max_positions', 'init_std', *OUR_FIELDS)
+    if dataclasses.replace(origin, **{field: getattr(cfg, field) for field in editable}) != cfg:
         logging.warning('the config.json of the source folder describes another model and is replaced')
         return None
     return origin
@@ -269,7 +283,8 @@ def _fresh(cfg: ModelConfig, dtype: str, eos_ids: Sequence[int]) -> dict[str, An
         raise ValueError(f'Hugging Face has no {cfg.family} with qk_norm={cfg.qk_norm}, qkv_bias={cfg.qkv_bias}, '
                          f'output_bias={cfg.output_bias}; change the family or these fields')
     if cfg.family == 'llama' and cfg.embed_dim % cfg.num_heads:
-        raise ValueError(f'transformers refuses a Llama whose embed_dim={cfg.embed_dim} is no multiple of num_heads={cfg.num_heads}')
+        raise ValueError(f'transformers refuses a Llama whose embed_dim={cfg.embed_dim} is no multiple of '
+                         f'num_heads={cfg.num_heads}')
     config = {
         'architectures': [next(name for name, family in ARCHITECTURES.items() if family == cfg.family)],
         'model_type': cfg.family, 'vocab_size': cfg.vocab_size, 'hidden_size': cfg.embed_dim,
@@ -278,15 +293,15 @@ def _fresh(cfg: ModelConfig, dtype: str, eos_ids: Sequence[int]) -> dict[str, An
         'max_position_embeddings': cfg.max_positions, 'initializer_range': cfg.init_std, 'rms_norm_eps': cfg.norm_eps,
         'tie_word_embeddings': cfg.tie_embeddings, 'attention_dropout': 0.0, 'use_cache': True, 'torch_dtype': dtype,
         # Explicit: the Llama class would otherwise end at id 2.
-        'bos_token_id': None, 'eos_token_id': list(eos_ids)[0] if len(eos_ids) == 1 else list(eos_ids) or None,
+        'bos_token_id': None, 'eos_token_id': eos_ids[0] if len(eos_ids) == 1 else list(eos_ids) or None,
     }
     if cfg.family == 'qwen2':
         config |= {'use_sliding_window': False}
     else:
         config |= {'attention_bias': cfg.output_bias}
     scaling = _scaling_fields(cfg.rope_scaling)
-    rope = {'rope_theta': cfg.rope_theta, 'rope_parameters': {'rope_theta': cfg.rope_theta, **(scaling or {'rope_type': 'default'})}}
-    return config | rope | {'rope_scaling': scaling}
+    parameters = {'rope_theta': cfg.rope_theta, **(scaling or {'rope_type': 'default'})}
+    return config | {'rope_theta': cfg.rope_theta, 'rope_scaling': scaling, 'rope_parameters': parameters}
 
 
 def _scaling_fields(scaling: RopeScaling) -> dict[str, Any] | None:
