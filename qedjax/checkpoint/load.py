@@ -1,9 +1,10 @@
-"""One way in for every launcher: a model, its config and its tokenizer from a Hugging Face folder or from our own checkpoint."""
+"""One way in for every launcher: model, config and tokenizer of a Hugging Face folder or of a checkpoint of ours."""
 
 import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -12,36 +13,41 @@ from jax.sharding import Mesh
 from qedjax.checkpoint import manager
 from qedjax.checkpoint.hf import copy_other_files, load_hf
 from qedjax.model.config import ModelConfig, RopeScaling, validate
-from qedjax.model.hf_config import from_hf, read_config
+from qedjax.model.hf_config import OUR_FIELDS, from_hf, read_config
 from qedjax.model.transformer import Transformer
 from qedjax.sharding import abstract
 
-RUNTIME_FIELDS = ('param_dtype', 'dtype', 'attention', 'attention_block', 'remat')
-HF_FILES = 'hf_files'  # beside our checkpoints: the tokenizer, template, configs and licence that an export carries over
+HF_FILES = 'hf_files'  # beside our checkpoints: tokenizer, template, configs and licence, which an export carries over
 
 
 def is_hf_folder(path: str | os.PathLike) -> bool:
-    """Whether a folder is Hugging Face's (config.json and safetensors) rather than ours."""
+    """Whether a folder is Hugging Face's rather than ours: it has safetensors, or config.json names a model type."""
     path = pathlib.Path(path)
     if not path.is_dir():
         raise ValueError(f'{path} is not a folder; give a Hugging Face folder or a checkpoint of ours')
-    return any(path.glob('*.safetensors*'))
+    if any(path.glob('*.safetensors*')):
+        return True
+    return (path / 'config.json').is_file() and 'model_type' in read_config(path)
 
 
 def resolve_config(init: str | os.PathLike, runtime: ModelConfig) -> ModelConfig:
-    """Sizes from the checkpoint, RUNTIME_FIELDS from `runtime`; `runtime` itself where `init` is ''."""
+    """Sizes from the checkpoint, fields that no config.json has from `runtime`; `runtime` itself where `init` is ''."""
     if not init:
         cfg = runtime
     else:
         saved = from_hf(read_config(init)) if is_hf_folder(init) else saved_config(init)
-        cfg = dataclasses.replace(saved, **{field: getattr(runtime, field) for field in RUNTIME_FIELDS})
+        cfg = dataclasses.replace(saved, **{field: getattr(runtime, field) for field in OUR_FIELDS})
     validate(cfg)
     return cfg
 
 
 def saved_config(path: str | os.PathLike) -> ModelConfig:
     """The ModelConfig that a checkpoint of ours was written with."""
-    fields = manager.read_manifest(manager.find_checkpoint(path))['metadata']['model']
+    checkpoint = manager.find_checkpoint(path)
+    fields = manager.read_manifest(checkpoint)['metadata'].get('model')
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if not fields or fields.keys() - known:
+        raise ValueError(f'{checkpoint} has no model config that this version knows; use the one that wrote it')
     return ModelConfig(**{**fields, 'rope_scaling': RopeScaling(**fields['rope_scaling'])})
 
 
@@ -53,13 +59,19 @@ def load_model(path: str | os.PathLike, mesh: Mesh, cfg: ModelConfig) -> Transfo
     return manager.restore_subtree(manager.find_checkpoint(path), target)
 
 
+def files_folder(path: str | os.PathLike) -> pathlib.Path | None:
+    """The hf_files of a run, given its workdir, its checkpoints folder or one step; None if it has none."""
+    path = pathlib.Path(path).absolute()
+    return next((folder / HF_FILES for folder in (path, *path.parents[:2]) if (folder / HF_FILES).is_dir()), None)
+
+
 def tokenizer_folder(path: str | os.PathLike) -> pathlib.Path:
     """Folder of the tokenizer files that belong to a checkpoint of either kind, or to a folder of tokenizer files."""
-    path = pathlib.Path(path)
-    for folder in (path, path / HF_FILES, path.parent / HF_FILES, path.parent.parent / HF_FILES):
+    for folder in filter(None, (pathlib.Path(path), files_folder(path))):
         if (folder / 'tokenizer_config.json').is_file() or (folder / 'tokenizer.json').is_file():
             return folder
-    raise ValueError(f'{path} has no tokenizer.json or tokenizer_config.json, nor an {HF_FILES} folder with them; name the tokenizer\'s folder')
+    raise ValueError(f'{path} has no tokenizer.json or tokenizer_config.json, nor an {HF_FILES} folder with them; '
+                     "name the tokenizer's folder")
 
 
 def load_tokenizer(path: str | os.PathLike):
@@ -76,8 +88,10 @@ def read_generation_config(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
-    """Copies all files but weights into workdir/hf_files, so that the run's checkpoints can be served and exported on their own."""
+    """Copies all files but weights into workdir/hf_files: the run can then be served and exported on its own."""
     target = pathlib.Path(workdir) / HF_FILES
     if jax.process_index() == 0 and not target.exists():
-        target.mkdir(parents=True)
-        copy_other_files(tokenizer_folder(source), target)
+        partial = target.with_name(f'.{HF_FILES}.incomplete')  # a kill must not leave half of them to be taken for all
+        shutil.rmtree(partial, ignore_errors=True)
+        copy_other_files(tokenizer_folder(source), partial)
+        partial.rename(target)
