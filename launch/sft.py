@@ -11,7 +11,8 @@ from ml_collections import config_flags
 from qedjax import cli
 from qedjax.train import sft
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(); fields are overridden by --config.NAME=VALUE.', lock_config=True)
+CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(); --config.NAME=VALUE overrides a field.',
+                                         lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, metrics and the resolved config.', required=True)
 OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Delete the checkpoints that the workdir holds and start anew.')
 

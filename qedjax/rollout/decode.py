@@ -47,7 +47,7 @@ class Loop:
 
 
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, num_valid: int, batch: int = 16,
-             samples: Sequence[int] | None = None, progress: Callable[[int], None] = lambda done: None):
+             samples: Sequence[int] | None = None, progress: Callable[[int], object] = lambda done: None):
     """Samples one completion a prompt; call it under `jax.set_mesh`.
 
     Args:

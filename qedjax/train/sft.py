@@ -29,7 +29,6 @@ from qedjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedul
 from qedjax.train.step import TrainState, init_state, make_eval_step, make_train_step, place_batch
 from qedjax.types import Example, SamplingParams
 
-
 FORMATS = {'chat': CHAT, 'pair': PAIR}
 
 
@@ -192,14 +191,14 @@ class _Run:
         return step == self.steps or step % (every or self.loader.steps_per_epoch) == 0
 
     def _report(self, writer: MetricWriter, progress: Progress, step: int, metrics: dict[str, jax.Array]) -> None:
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        rates = progress.update(step, self.cfg.batch_size * self.cfg.row_length, loss=metrics['loss'], grad_norm=metrics['grad_norm'])
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        rates = progress.update(step, self.cfg.batch_size * self.cfg.row_length, loss=values['loss'], grad_norm=values['grad_norm'])
         if rates:
             flops = self.model_config.flops_per_token(self.cfg.row_length) * rates['tokens_per_second'] / self.mesh.size
             share = mfu(flops, self.mesh.devices.flat[0])
             rates |= {'mfu': share} if share else {}
-        writer.write(step, metrics | rates | {'learning_rate': float(self.schedule(step - 1))})
-        if metrics['skipped_in_a_row'] >= self.cfg.max_skipped:
+        writer.write(step, values | rates | {'learning_rate': float(self.schedule(step - 1))})
+        if values['skipped_in_a_row'] >= self.cfg.max_skipped:
             raise FloatingPointError(f'loss or gradient was not finite in {self.cfg.max_skipped} steps in a row, up to step {step}; the '
                                      'checkpoints before them are sound: lower the learning rate or look at the data')
 
@@ -207,18 +206,18 @@ class _Run:
         """Evaluation, monitor and checkpoint, where due."""
         metric = None
         if self.eval_loader and self._due(step, self.cfg.evaluate_every):
-            metrics = self.evaluate(state.model)
+            metrics = self.evaluate(state.model, self.eval_loader)
             metric = metrics['eval/loss']
             if self.cfg.monitor.prompts:
-                metrics |= self.monitor(state.model)
+                metrics |= self.monitor(state.model, self.eval_loader)
             writer.write(step, metrics)
             logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})
         if self._due(step, self.cfg.save_every):
             checkpoints.save(step, state, {'model': dataclasses.asdict(self.model_config), 'position': step}, metric)
 
-    def evaluate(self, model: Transformer) -> dict[str, float]:
+    def evaluate(self, model: Transformer, loader: Loader) -> dict[str, float]:
         """Mean loss and entropy over all held-out tokens."""
-        loader, totals = self.eval_loader, None
+        totals = None
         for batch in loader.iterate(0, loader.steps_per_epoch):
             sums = self.eval_step(model, place_batch(batch, self.mesh, self.cfg.accumulation))
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
@@ -226,10 +225,10 @@ class _Run:
         weight = totals.pop('weight')
         return {f'eval/{name}': value / weight for name, value in totals.items()}
 
-    def monitor(self, model: Transformer) -> dict[str, float]:
+    def monitor(self, model: Transformer, loader: Loader) -> dict[str, float]:
         """Mean length, share cut by the budget and share of repeated n-grams of samples from held-out prompts."""
         monitor = self.cfg.monitor
-        prompts = [p for p in self.eval_loader.prompts(monitor.prompts) if len(p) + monitor.max_tokens <= self.model_config.max_positions]
+        prompts = [p for p in loader.prompts(monitor.prompts) if len(p) + monitor.max_tokens <= self.model_config.max_positions]
         stops = stop_ids(self.tokenizer)
         params = [SamplingParams(monitor.temperature, monitor.max_tokens, self.cfg.seed, stops) for _ in prompts]
         mesh = without_context(self.mesh)

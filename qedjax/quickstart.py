@@ -1,0 +1,157 @@
+"""The recipe in small: a decoder of about a million parameters learns to prove derivations from a noisy teacher, on a laptop CPU.
+
+Stages: make the data, SFT from scratch, sample held-out proofs, grade them by their rubrics, export to Hugging Face and verify.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from qedjax.checkpoint.hf import save_hf, verify_hf
+from qedjax.checkpoint.load import HF_FILES, load_model, load_tokenizer, saved_config
+from qedjax.data.chat import num_valid_ids, prompt_ids, stop_ids
+from qedjax.data.derivations import Problem, problems, sft_rows, teacher_proof
+from qedjax.data.sources import Source
+from qedjax.grading.derivations import grade, rubric
+from qedjax.grading.grade import FULL
+from qedjax.grading.rubric import render
+from qedjax.model.config import ModelConfig
+from qedjax.model.transformer import Transformer
+from qedjax.rollout.decode import generate
+from qedjax.rollout.generate import decode
+from qedjax.sharding import MeshConfig, make_mesh
+from qedjax.testing import tiny_tokenizer
+from qedjax.train.optimizer import OptimizerConfig
+from qedjax.train.sft import SFTConfig, train
+from qedjax.types import Completion, SamplingParams
+
+# Held-out problems by number of steps; the longer ones do not fit one answer's budget.
+TRAINED, LONGER = '4-8 steps, as trained', '12-16 steps, longer'
+KINDS = {TRAINED: (4, 8), LONGER: (12, 16)}
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class QuickstartConfig:
+    """Sizes of the demonstration.
+
+    Attributes:
+      documents: teacher's proofs to train on.
+      slip: share of the teacher's lines whose arithmetic is wrong: what SFT imitates and RL can cure.
+      problems: held-out problems of each length that are sampled and graded.
+      max_tokens: budget of one answer.
+      sft: the run; its data, tokenizer and seed are set here.
+      seed: of everything.
+    """
+
+    documents: int = 12_000
+    slip: float = 0.1
+    problems: int = 128
+    max_tokens: int = 112
+    sft: SFTConfig = dataclasses.field(default_factory=lambda: SFTConfig(
+        model=ModelConfig(vocab_size=288, embed_dim=128, mlp_dim=512, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
+                          max_positions=1024, rope_theta=1e4, dtype='float32', attention_block=512, remat='none'),
+        format='pair', row_length=512, batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.05, b2=0.98, weight_decay=0.01)))
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Graded samples of one kind of problems: mean share of full marks with half a 95% interval, tokens, share cut by the budget."""
+
+    mean: float
+    interval: float
+    tokens: float
+    cut: float
+
+
+def run(cfg: QuickstartConfig, workdir: str | pathlib.Path) -> dict[str, dict[str, Score]]:
+    """Runs every stage in `workdir`, prints the table, and returns its scores by model and kind of problem.
+
+    An interrupted run goes on with its last checkpoint. Raises ValueError if the workdir holds a finished one.
+    """
+    workdir, started = pathlib.Path(workdir), time.monotonic()
+    data, sft, export = workdir / 'data', workdir / 'sft', workdir / 'export'
+    if export.exists():
+        raise ValueError(f'{workdir} holds a finished quickstart; delete it or name another --workdir')
+    logging.info('1/4 data: %d proofs by a teacher that slips in %.0f%% of its lines', cfg.documents, 100 * cfg.slip)
+    write_data(cfg, data)
+    logging.info('2/4 SFT from random weights')
+    train(dataclasses.replace(cfg.sft, tokenizer=str(data / 'tokenizer'), train=Source(str(data / 'train.jsonl')),
+                              evaluation=Source(str(data / 'held_out.jsonl')), seed=cfg.seed), str(sft))
+    logging.info('3/4 sampling and grading held-out problems')
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
+    model = load_model(sft, mesh, saved_config(sft))
+    sampler = sample_proofs(model, load_tokenizer(sft), mesh, cfg.max_tokens, cfg.seed)
+    scores: dict[str, dict[str, Score]] = {'teacher': {}, 'SFT': {}}
+    for kind, (low, high) in KINDS.items():
+        chosen = problems(cfg.seed, 'held_out', cfg.problems, low, high)
+        rng = np.random.default_rng(cfg.seed)
+        scores['teacher'][kind] = score(chosen, [Completion(teacher_proof(p, rng, cfg.slip), (), (), 'stop') for p in chosen])
+        scores['SFT'][kind] = score(chosen, completions := sampler(chosen))
+        write_samples(workdir / 'samples.jsonl', chosen, completions)
+    logging.info('4/4 export to Hugging Face and verification')
+    save_hf(model, export, files=sft / HF_FILES)
+    tensors = verify_hf(model, export)
+    print(table(scores))
+    print(f'{tensors} tensors of {export} equal the checkpoint; samples are in {workdir / "samples.jsonl"}; '
+          f'{time.monotonic() - started:.0f} s in all')
+    return scores
+
+
+def write_data(cfg: QuickstartConfig, folder: pathlib.Path) -> None:
+    """The tokenizer, the teacher's proofs of training problems, and perfect proofs of held-out ones."""
+    tiny_tokenizer('none').save_pretrained(folder / 'tokenizer')
+    low, high = KINDS[TRAINED]
+    held_out = [{'prompt': p.text, 'completion': p.proof} for p in problems(cfg.seed, 'held_out', 256, low, high)]
+    for name, rows in (('train', sft_rows(cfg.seed, cfg.documents, low, high, cfg.slip)), ('held_out', held_out)):
+        (folder / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def sample_proofs(model: Transformer, tokenizer, mesh: Mesh, max_tokens: int, seed: int) -> Callable[[Sequence[Problem]], list[Completion]]:
+    """A function from problems to one sampled proof each, at temperature 1."""
+    params = SamplingParams(1.0, max_tokens, seed, stop_ids(tokenizer))
+
+    def sampler(chosen: Sequence[Problem]) -> list[Completion]:
+        prompts = [prompt_ids(tokenizer, [{'role': 'user', 'content': problem.text}]) for problem in chosen]
+        with jax.set_mesh(mesh):
+            results = generate(model, prompts, [params] * len(prompts), num_valid=num_valid_ids(tokenizer), batch=64,
+                               samples=range(len(prompts)))
+        return [decode(tokenizer, result) for result in results]
+
+    return sampler
+
+
+def score(chosen: Sequence[Problem], completions: Sequence[Completion]) -> Score:
+    """Mean rubric score of one completion a problem."""
+    rewards = [grade(problem, completion.text).reward for problem, completion in zip(chosen, completions, strict=True)]
+    lengths = [len(completion.ids) or len(completion.text) for completion in completions]
+    cut = [completion.finish_reason == 'length' for completion in completions]
+    interval = 1.96 * np.std(rewards, ddof=1) / np.sqrt(len(rewards))
+    return Score(float(np.mean(rewards)), float(interval), float(np.mean(lengths)), float(np.mean(cut)))
+
+
+def write_samples(path: pathlib.Path, chosen: Sequence[Problem], completions: Sequence[Completion]) -> None:
+    """Appends problem, rubric, proof, grade and feedback of each sample, for people to read."""
+    with path.open('a') as file:
+        for problem, completion in zip(chosen, completions, strict=True):
+            graded = grade(problem, completion.text)
+            row = {'problem': problem.text, 'rubric': render(rubric(problem)), 'proof': completion.text, 'score': graded.score,
+                   'feedback': graded.feedback, 'finish_reason': completion.finish_reason}
+            file.write(json.dumps(row) + '\n')
+
+
+def table(scores: Mapping[str, Mapping[str, Score]]) -> str:
+    """The scores as text: a line for each model and kind of problem."""
+    lines = [f'{"model":<10}{"held-out problems":<26}{"score of 7":>16}{"tokens":>9}{"cut":>7}']
+    for name, kinds in scores.items():
+        lines += [f'{name:<10}{kind:<26}{FULL * s.mean:>8.2f} +- {FULL * s.interval:.2f}{s.tokens:>9.0f}{s.cut:>7.0%}'
+                  for kind, s in kinds.items()]
+    return '\n'.join(lines)
