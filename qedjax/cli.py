@@ -10,14 +10,14 @@ from qedjax.checkpoint.manager import CheckpointError
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs an absl main function; `error: ...` on stderr and exit code 2 for a ValueError, CheckpointError or missing file."""
+    """Runs an absl main function; `error: ...` on stderr and exit code 2 for ValueError, CheckpointError, OSError."""
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f'unexpected argument {argv[1]!r}; flags are written --name=value')
         try:
             main(argv)
-        except (ValueError, CheckpointError, FileNotFoundError, FloatingPointError) as error:
+        except (ValueError, CheckpointError, OSError, FloatingPointError) as error:
             logging.debug('traceback of the error below', exc_info=True)
             print(f'error: {error}', file=sys.stderr)
             sys.exit(2)
