@@ -55,10 +55,10 @@ class QuickstartConfig:
     problems: int = 128
     max_tokens: int = 112
     sft: SFTConfig = dataclasses.field(default_factory=lambda: SFTConfig(
-        model=ModelConfig(vocab_size=288, embed_dim=128, mlp_dim=512, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
-                          max_positions=1024, rope_theta=1e4, dtype='float32', attention_block=512, remat='none'),
-        format='pair', row_length=512, batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.05, b2=0.98, weight_decay=0.01)))
+        model=ModelConfig(vocab_size=288, embed_dim=192, mlp_dim=576, num_layers=2, num_heads=6, num_kv_heads=6, head_dim=32,
+                          max_positions=1024, rope_theta=1e4, init_std=0.05, dtype='float32', attention_block=256, remat='none'),
+        format='pair', row_length=256, batch_size=8,
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_fraction=0.05, b2=0.98, weight_decay=0.01)))
     seed: int = 0
 
 
