@@ -7,18 +7,21 @@ import logging
 import math
 import os
 import pathlib
+import tempfile
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from hf_folders import random_tensors, write_folder, write_shard
+from hypothesis import strategies as st
 
 from qedjax.checkpoint import hf
 from qedjax.checkpoint.hf import config_bytes, load_hf, save_hf, stored_dtype, verify_hf
 from qedjax.checkpoint.hf_names import TABLE, match, torch_shapes
-from qedjax.checkpoint.safetensors_io import INDEX, read_folder
+from qedjax.checkpoint.safetensors_io import INDEX, create_folder, finish_folder, read_folder, write_tensor
 from qedjax.model.hf_config import from_hf, read_config
 from qedjax.model.transformer import Transformer
 from qedjax.sharding import MeshConfig, abstract, make_mesh, make_rollout_mesh
@@ -139,6 +142,26 @@ def test_safetensors_library_reads_our_files(tmp_path, mesh):
             assert file.metadata() == {'format': 'pt'}
             read |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     assert_same(read, source)
+
+
+@hypothesis.given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=8), st.integers(8, 400),
+                  st.sampled_from(['float32', 'bfloat16', 'float16']))
+def test_any_tensors_survive_any_shard_size(shapes, max_shard_bytes, dtype):
+    rng = np.random.default_rng(0)
+    tensors = {f't{i}': rng.standard_normal(shape).astype(dtype) for i, shape in enumerate(shapes)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        shapes = {name: x.shape for name, x in tensors.items()}
+        entries = create_folder(folder, shapes, np.dtype(dtype), max_shard_bytes)
+        for name, x in tensors.items():
+            write_tensor(entries[name], [x[:1], x[1:]])
+        finish_folder(folder, entries)
+        assert_same(tensors_of(folder), tensors)
+        sizes = collections.Counter()
+        for entry in entries.values():
+            sizes[entry.file] += entry.nbytes
+        largest = max(x.nbytes for x in tensors.values())
+        assert max(sizes.values()) <= max(max_shard_bytes, largest)
 
 
 # Sharding

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import logging
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from qedjax.model import presets
 from qedjax.model.config import ModelConfig, RopeScaling
-from qedjax.model.hf_config import from_hf, read_config, to_hf
+from qedjax.model.hf_config import OUR_FIELDS, from_hf, read_config, to_hf
 from qedjax.testing import tiny_config
 
 # As published, but for fields without meaning here.
@@ -83,17 +85,39 @@ def test_our_own_fields_are_arguments():
 def test_a_fresh_config_is_read_back_by_both_layouts(case):
     cfg = CASES[case]
     config = json.loads(json.dumps(to_hf(cfg, 'bfloat16', eos_ids=[7])))
-    ours = {field: getattr(cfg, field) for field in ('dtype', 'attention_block', 'remat')}
+    ours = {field: getattr(cfg, field) for field in OUR_FIELDS}
     assert config['torch_dtype'] == 'bfloat16'
     assert config['eos_token_id'] == 7
     for layout in (config, without(config, 'rope_parameters'), without(config, 'rope_theta', 'rope_scaling')):
         assert from_hf(layout, **ours) == cfg
 
 
+SCALINGS = st.one_of(
+    st.just(RopeScaling()),
+    st.builds(RopeScaling, st.just('linear'), st.floats(1, 64)),
+    st.builds(RopeScaling, st.just('yarn'), st.floats(1, 64), st.integers(1, 4000), st.floats(8, 64), st.floats(0.5, 4),
+              st.none() | st.floats(0.5, 2), st.booleans()),
+    st.builds(lambda *fields: RopeScaling('llama3', *fields[:2], low_freq_factor=fields[2], high_freq_factor=fields[3]),
+              st.floats(1, 64), st.integers(1, 4000), st.floats(0.5, 2), st.floats(3, 8)),
+)
+
+
+@hypothesis.given(st.sampled_from(['qwen3', 'qwen2', 'llama']), st.booleans(), st.booleans(), SCALINGS,
+                  st.floats(100, 1e8), st.sampled_from([1e-6, 1e-5]), st.integers(1, 64))
+def test_any_model_survives_the_way_out_and_back(family, bias, tied, scaling, theta, eps, layers):
+    biases = {} if family == 'qwen2' else {'qkv_bias': bias, 'output_bias': bias}
+    cfg = tiny_config(family, tie_embeddings=tied, rope_scaling=scaling, rope_theta=theta, norm_eps=eps,
+                      num_layers=layers, **biases)
+    config = json.loads(json.dumps(to_hf(cfg, 'bfloat16')))
+    ours = {field: getattr(cfg, field) for field in OUR_FIELDS}
+    assert from_hf(config, **ours) == cfg
+    assert to_hf(cfg, 'bfloat16', config) == config  # and as its own source nothing is edited
+
+
 def test_every_field_of_the_function_is_written():
     """A field that were dropped on the way out would leave two configs alike."""
-    cfg, ours = tiny_config('llama'), {'param_dtype', 'dtype', 'attention', 'attention_block', 'remat'}
-    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name not in ours}
+    cfg = tiny_config('llama')
+    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name not in OUR_FIELDS}
     changes = {name: 2 * value for name, value in fields.items() if type(value) in (int, float)}
     changes |= {'num_kv_heads': 2, 'tie_embeddings': True, 'rope_scaling': RopeScaling('linear', 2.0)}
     assert fields.keys() == changes.keys() | {'family', 'qk_norm', 'qkv_bias', 'output_bias'}  # the architecture

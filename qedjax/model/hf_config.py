@@ -50,7 +50,7 @@ _READ = {
     *_SIZES, *_MUST_BE_OFF,
 }
 _HARMLESS = {
-    'attention_dropout', 'bos_token_id', 'eos_token_id', 'pad_token_id', 'pretraining_tp', 'use_cache', 'torch_dtype',
+    'attention_dropout', 'bos_token_id', 'eos_token_id', 'pad_token_id', 'unk_token_id', 'pretraining_tp', 'use_cache', 'torch_dtype',
     'dtype', 'transformers_version', '_name_or_path', 'name_or_path', 'is_llama_config', 'transformers.js_config',
     'attn_implementation', '_attn_implementation', 'output_attentions', 'output_hidden_states', 'return_dict',
     'id2label', 'label2id', 'problem_type', 'chunk_size_feed_forward', 'task_specific_params', 'unsloth_fixed',
