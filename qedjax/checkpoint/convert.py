@@ -18,11 +18,13 @@ from absl import logging
 
 from qedjax.checkpoint import manager
 from qedjax.checkpoint.hf import check_target, copy_other_files, load_hf, save_hf, stored_dtype, verify_hf
+from qedjax.checkpoint.hf_names import match
 from qedjax.checkpoint.load import HF_FILES, files_folder, load_model, load_tokenizer, saved_config
 from qedjax.checkpoint.safetensors_io import read_folder
 from qedjax.data.chat import stop_ids
 from qedjax.model.config import DTYPES, ModelConfig
 from qedjax.model.hf_config import from_hf, read_config
+from qedjax.model.transformer import Transformer
 from qedjax.sharding import MeshConfig, make_mesh
 
 LOGITS_TOLERANCE = 1e-3  # of the largest logit, float32 on both sides
@@ -78,9 +80,12 @@ def orbax_to_hf(orbax: str | os.PathLike, hf: str | os.PathLike, *, dtype: str |
     if not files:
         logging.warning('%s has no %s: only weights and config.json are written; --files names others', orbax, HF_FILES)
     dtype = dtype or cfg.param_dtype
-    if dtype == 'bfloat16':
-        cfg = dataclasses.replace(cfg, param_dtype=dtype)  # half of what float32 parameters would take
+    narrow = dtype == 'bfloat16' and cfg.param_dtype != dtype
+    if narrow:
+        cfg = dataclasses.replace(cfg, param_dtype=dtype)  # half the memory that float32 parameters would take
     model = load_model(orbax, _one_device(), cfg)
+    if narrow:
+        _require_finite(orbax, model)
     total = cfg.num_params * jnp.dtype(dtype).itemsize
     with _bar('writing', total) as bar:
         save_hf(model, hf, files=files, eos_ids=_eos_ids(files), dtype=dtype, progress=bar.update)
@@ -90,6 +95,12 @@ def orbax_to_hf(orbax: str | os.PathLike, hf: str | os.PathLike, *, dtype: str |
         print(f'{count} tensors are those of {orbax}')
         del model
         _verify_logits(hf, cfg, logits_up_to)
+
+
+def _require_finite(orbax: str | os.PathLike, model: Transformer) -> None:
+    for weight, leaf in match(model):
+        if not jnp.isfinite(leaf).all():
+            raise ValueError(f'{orbax}: {weight.path} has values that are not finite in bfloat16; choose --dtype=float32')
 
 
 def _eos_ids(files: pathlib.Path | None) -> tuple[int, ...]:
