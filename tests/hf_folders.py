@@ -6,6 +6,7 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
+from qedjax.checkpoint.safetensors_io import read_folder
 from qedjax.model.config import ModelConfig
 from qedjax.model.hf_config import to_hf
 
@@ -68,3 +69,14 @@ def write_folder(folder: pathlib.Path, cfg: ModelConfig, tensors: dict[str, np.n
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
     (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
     return tensors
+
+
+def tensors_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    return {name: np.array(entry.view()) for name, entry in read_folder(folder).items()}
+
+
+def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype, name
+        np.testing.assert_array_equal(value.view(np.uint8), right[name].view(np.uint8), err_msg=name)
