@@ -1,6 +1,7 @@
 """Rows come through exactly as written, or are refused with file, line and reason."""
 
 import decimal
+import functools
 import gzip
 import json
 
@@ -147,9 +148,12 @@ def test_gzip_and_a_cut_gzip(tmp_path):
     path.write_bytes(data)
     assert len(read_rows(Source(str(path), limit=7), ANSWER)[0]) == 7
     assert read_rows(Source(str(path)), ANSWER)[1].good == 1000
-    path.write_bytes(data[:-12])
-    with pytest.raises(ValueError, match='not a whole gzip'):
-        read_rows(Source(str(path)), ANSWER)
+    digits = ''.join(f'{{"answer": "{n * n * n}"}}\n' for n in range(1000))
+    whole = gzip.compress(digits.encode())
+    for damaged in (data[:-12], whole[:100] + b'\xff' * 40 + whole[140:], whole[:-6] + b'\0' + whole[-5:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r'a\.jsonl\.gz: not a whole gzip'):
+            read_rows(Source(str(path)), ANSWER)
 
 
 def test_csv_cells_are_text(tmp_path):
@@ -186,6 +190,18 @@ def test_parquet_drops_padding_and_keeps_empty_strings(tmp_path):
     assert read_rows(Source(str(tmp_path / 'a.parquet')), CHAT)[0] == [{'messages': messages}]
 
 
+@pytest.mark.parametrize('compression', ['snappy', 'none'])
+def test_damaged_parquet_pages_are_named(tmp_path, compression):
+    path = tmp_path / 'a.parquet'
+    table = pyarrow.table({'answer': [str(n * n * n) for n in range(2000)]})
+    pyarrow.parquet.write_table(table, path, compression=compression, use_dictionary=False)
+    whole = path.read_bytes()
+    for start in (10, len(whole) // 3):
+        path.write_bytes(whole[:start] + b'\xff' * 60 + whole[start + 60 :])
+        with pytest.raises(ValueError, match=r'a\.parquet: not a whole Parquet'):
+            read_rows(Source(str(path)), ANSWER)
+
+
 def test_parquet_values(tmp_path):
     def read(values, **fields):
         pyarrow.parquet.write_table(pyarrow.table({'answer': values}), tmp_path / 'a.parquet')
@@ -215,6 +231,29 @@ def test_hub_rows_are_checked_like_any_other(monkeypatch):
     assert rows == [{'prompt': 'x', 'completion': '007'}]
     assert report.first == ("hub:org/name:2: 'answer' is null",)
     assert asked == {'arguments': ('org/name', 'main'), 'split': 'train', 'revision': 'abc'}
+
+
+@pytest.mark.parametrize(('name', 'text'), [
+    ('a.jsonl', '{"answer": "007"}\n{"answer": 7}\n'), ('a.jsonl', '{"answer": "2024-01-02"}\n'),
+    ('a.jsonl', '{"answer": "1e3"}\n{"answer": "x"}\n{"answer": 5}\n'), ('a.csv', 'answer\n007\n8\n'),
+])
+def test_hub_text_that_the_library_retyped_is_refused(tmp_path, monkeypatch, name, text):
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    (folder / name).write_text(text)
+    load = functools.partial(datasets.load_dataset, cache_dir=str(tmp_path / 'cache'))
+    monkeypatch.setattr(sources.datasets, 'load_dataset', load)
+    with pytest.raises(ValueError, match="read the text column 'answer' as"):
+        read_rows(Source(f'hub:{folder}', max_bad_share=0.9), ANSWER)
+
+
+def test_hub_text_that_stayed_text_is_read(tmp_path, monkeypatch):
+    chat = [{'role': 'user', 'content': '007'}, {'role': 'assistant', 'content': 'a', 'reasoning_content': 'r'}]
+    write(tmp_path / 'a.jsonl', json.dumps({'messages': chat, 'answer': '1e3', 'n': 7}))
+    load = functools.partial(datasets.load_dataset, cache_dir=str(tmp_path / 'cache'))
+    monkeypatch.setattr(sources.datasets, 'load_dataset', load)
+    rows, _ = read_rows(Source(f'hub:{tmp_path}'), (*CHAT, *ANSWER, Field('n', (int,))))
+    assert rows == [{'messages': chat, 'answer': '1e3', 'n': 7}]
 
 
 TEXT = st.text(st.characters(exclude_categories=['Cs']))

@@ -1,7 +1,8 @@
 """Rows from JSONL, CSV, Parquet or the hub, checked against a declared schema; nothing is guessed or rewritten.
 
 A schema is a tuple of `Field`; a use that needs other fields declares its own. A string stays that string. A number is
-taken for a string field: with its digits as written (JSONL, CSV) or exactly (integers and decimals of Parquet).
+taken for a string field: with its digits as written (JSONL, CSV) or exactly (integers and decimals of Parquet). The
+datasets library retypes the text of JSON and CSV files on the hub ('007' becomes 7): such a column is refused.
 """
 
 import collections
@@ -14,6 +15,7 @@ import math
 import pathlib
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 
 import datasets
@@ -32,6 +34,7 @@ class Field:
 
 CHAT = (Field('messages', (list,)),)
 PAIR = (Field('prompt', (str, list)), Field('completion'), Field('reasoning', required=False))
+Wanted = dict[str, tuple[type, ...]]  # types of each column that is read
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -74,8 +77,9 @@ def read_rows(source: Source, schema: tuple[Field, ...]) -> tuple[list[dict], Ro
       ValueError: on an unusable file or mapping, a column that no row has, more bad rows than allowed, or no good row.
     """
     columns = _columns(source, schema)
+    wanted = {columns[field.name]: field.types for field in schema}
     rows, bad, first, seen = [], collections.Counter(), [], {}
-    for line, record in _records(source, set(columns.values()), seen):
+    for line, record in _records(source, wanted, seen):
         if source.limit and len(rows) == source.limit:
             break
         reason, row = (record, None) if isinstance(record, str) else _row(record, columns, schema)
@@ -180,7 +184,7 @@ def _finite(value: str | float) -> float:
     return number
 
 
-def _records(source: Source, wanted: set[str], seen: dict[str, None]) -> Iterator[tuple[int, dict | str]]:
+def _records(source: Source, wanted: Wanted, seen: dict[str, None]) -> Iterator[tuple[int, dict | str]]:
     """(line, record or reason) of each row, from 1; fills `seen` with the columns met."""
     if source.path.startswith('hub:'):
         return _hub(source, wanted, seen)
@@ -196,7 +200,7 @@ def _records(source: Source, wanted: set[str], seen: dict[str, None]) -> Iterato
     return reader(path, wanted, seen)
 
 
-def _jsonl(path: pathlib.Path, wanted: set[str], seen: dict[str, None]) -> Iterator[tuple[int, dict | str]]:
+def _jsonl(path: pathlib.Path, wanted: Wanted, seen: dict[str, None]) -> Iterator[tuple[int, dict | str]]:
     try:
         with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as lines:
             for number, line in enumerate(lines, 1):
@@ -204,7 +208,7 @@ def _jsonl(path: pathlib.Path, wanted: set[str], seen: dict[str, None]) -> Itera
                     record = _parse(line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line)
                     seen.update(dict.fromkeys(record if isinstance(record, dict) else ()))
                     yield number, record
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f'{path}: not a whole gzip file ({error}); download or pack it again') from None
 
 
@@ -236,7 +240,7 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict:
     return record
 
 
-def _csv(path: pathlib.Path, wanted: set[str], seen: dict[str, None]) -> Iterator[tuple[int, dict | str]]:
+def _csv(path: pathlib.Path, wanted: Wanted, seen: dict[str, None]) -> Iterator[tuple[int, dict | str]]:
     csv.field_size_limit(sys.maxsize)  # a proof may exceed the module's 128 KiB; the limit is the process's
     try:
         with path.open(encoding='utf-8-sig', newline='') as lines:
@@ -265,23 +269,36 @@ def _csv_record(reader) -> list[str] | str | None:
         return f'not CSV: {error}'
 
 
-def _parquet(path: pathlib.Path, wanted: set[str], seen: dict[str, None]) -> Iterator[tuple[int, dict | str]]:
+def _parquet(path: pathlib.Path, wanted: Wanted, seen: dict[str, None]) -> Iterator[tuple[int, dict | str]]:
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f'{path}: not a whole Parquet file ({error}); download it again') from None
-    with file:
-        names = file.schema_arrow.names
-        seen.update(dict.fromkeys(names))
-        batches = file.iter_batches(256, columns=[name for name in names if name in wanted])
-        yield from _numbered(row for batch in batches for row in batch.to_pylist())
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            seen.update(dict.fromkeys(names))
+            batches = file.iter_batches(256, columns=[name for name in names if name in wanted])
+            yield from _numbered(row for batch in batches for row in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'{path}: not a whole Parquet file ({reason}); download it again') from None
 
 
-def _hub(source: Source, wanted: set[str], seen: dict[str, None]) -> Iterator[tuple[int, dict | str]]:
+def _hub(source: Source, wanted: Wanted, seen: dict[str, None]) -> Iterator[tuple[int, dict | str]]:
     rows = datasets.load_dataset(source.path.removeprefix('hub:'), source.name or None, split=source.split,
                                  revision=source.revision or None)
     seen.update(dict.fromkeys(rows.column_names))
+    if rows.info.builder_name in ('json', 'csv'):
+        _refuse_retyped(source, wanted, rows.features)
     yield from _numbered(rows.select_columns([name for name in rows.column_names if name in wanted]))
+
+
+def _refuse_retyped(source: Source, wanted: Wanted, features: datasets.Features):
+    """Refuses text columns that are no longer text: what was written is lost, be it '007', '1e3' or a date."""
+    mixed = getattr(datasets, 'Json', ())  # newer versions give a column of several types this one
+    for column in [name for name, types in wanted.items() if name in features and str in types]:
+        feature = features[column]
+        scalar = isinstance(feature, datasets.Value) and feature.dtype not in ('string', 'large_string', 'null')
+        if scalar or isinstance(feature, mixed):
+            raise ValueError(f'{source.path}: the datasets library read the text column {column!r} as {feature}, '
+                             'which loses how it was written; download the file and give its path')
 
 
 def _without_nulls(value):
