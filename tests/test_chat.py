@@ -45,6 +45,7 @@ def qwen(request):
     ('hybrid', assistant('a'), '<think>\n\n</think>\n\n', 'a<|im_end|>'),
     ('hybrid', assistant('\n\na', ''), '<think>\n\n</think>\n\n', 'a<|im_end|>'),
     ('hybrid', assistant('<think>\n\n</think>\n\na'), '<think>\n\n</think>\n\n', 'a<|im_end|>'),
+    ('hybrid', assistant('<think>\nr\n</think>\n\na', ''), '', '<think>\nr\n</think>\n\na<|im_end|>'),
     ('open', assistant('a', 'r'), '<think>\n', 'r\n</think>\n\na<|im_end|>'),
     ('none', assistant('a', 'r'), '', '<think>\nr\n</think>\n\na<|im_end|>'),
     ('none', assistant('\na '), '', '\na <|im_end|>'),
@@ -185,6 +186,7 @@ def test_sampled_text_comes_back_as_the_sampled_ids(kind):
     ([user(3)], r'message 0 \(user\).*int'),
     ([user([{'type': 'text', 'text': None}])], 'only text parts'), ([user('q'), assistant('a', 3)], r'message 1 .*int'),
     ([user('q'), assistant('a') | {'tool_calls': [{}]}], r'message 1 \(assistant\): tool_calls'),
+    ([user('q'), assistant('<think>\nr\n</think>\n\na', 'r')], r'message 1 .*keep one of them'),
     ([user('q')], 'need an assistant turn'), ([assistant('a')], 'another turn before it'),
     ([{'role': 'system', 'content': 's'}, assistant('a')], r'message 0 \(system\): a prompt must end'),
 ])
@@ -221,6 +223,8 @@ def test_rows_of_prompt_and_completion():
     row = {'prompt': 'q', 'completion': 'a', 'reasoning': 'r'}
     expected = encode_row({'messages': [user('q'), assistant('a', 'r')]}, tokenizer)
     assert encode_row(row, tokenizer) == encode_row(row | {'prompt': [user('q')]}, tokenizer) == expected
+    inline = {'prompt': 'q', 'completion': '<think>\nr\n</think>\n\na'}
+    assert encode_row(inline, tokenizer) == encode_row(inline | {'reasoning': ''}, tokenizer) == expected
     bare = tiny_tokenizer('none')
     bare.chat_template = None
     with pytest.raises(ValueError, match='no chat template'):

@@ -48,9 +48,14 @@ def test_a_batch_is_a_function_of_its_number():
 
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_rows_are_read_once_whatever_the_number_of_processes(processes):
-    loader = Loader(make_examples(50), row_length=32, batch=4)
-    log = [i for k in range(loader.steps_per_epoch) for p in range(processes)
-           for row in loader.documents_of(k)[p::processes] for i in row]
+    named = [Example((i,), (i,) * (i % 20 + 1)) for i in range(50)]  # each token names its document
+    loader = Loader(named, row_length=32, batch=4)
+    size, log = 4 // processes, []
+    for k in range(loader.steps_per_epoch):
+        parts = [loader.fetch(k, slice(p * size, (p + 1) * size)) for p in range(processes)]
+        assert all(part.tokens.shape == (size, 32) for part in parts)
+        assert same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), loader.fetch(k))
+        log += [int(i) for part in parts for i in part.tokens[(part.segment_ids > 0) & (part.positions == 0)]]
     assert sorted(log) == list(range(50))
 
 

@@ -32,11 +32,11 @@ def test_packing_is_dense():
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=5), seed=st.integers(0, 9))
-def test_assembled_rows_hold_each_document_with_its_own_targets(sizes, seed):
+@given(sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=5), tail=st.integers(0, 3), seed=st.integers(0, 9))
+def test_assembled_rows_hold_each_document_with_its_own_targets(sizes, tail, seed):
     rng = np.random.default_rng(seed)
     documents = [(rng.integers(0, 99, size).astype(np.int32), min(prompt, size)) for size, prompt in sizes]
-    row = assemble(documents, 48)
+    row = assemble(documents, sum(size for size, _ in sizes) + tail)
     start = 0
     for segment, (ids, prompt) in enumerate(documents, 1):
         here = slice(start, start + len(ids))

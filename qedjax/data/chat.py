@@ -121,7 +121,7 @@ def split_thinking(text: str, opened: bool) -> Thought:
 
 
 def normalize_messages(messages: list[dict]) -> list[Message]:
-    """Messages with text contents, and the assistant's think blocks split off into reasoning_content.
+    """Messages with text contents, and the assistant's think blocks split off into reasoning_content if that is blank.
 
     Raises:
       ValueError: naming index and role, on what a template would drop, print as 'None' or fail on.
@@ -146,8 +146,10 @@ def _normalize(message: dict, index: int) -> Message:
                          f'they are {type(content).__name__} and {type(reasoning).__name__}')
     if role == 'user' and not content.strip():
         raise ValueError(f'{where}: the content is empty')
-    if role == 'assistant' and reasoning is None:
+    if role == 'assistant' and not (reasoning or '').strip():
         reasoning, content, _ = split_thinking(content, opened=False)
+    if role == 'assistant' and reasoning and content.lstrip().startswith(OPEN):
+        raise ValueError(f'{where}: the content begins with a think block beside the reasoning given; keep one of them')
     return {'role': role, 'content': content} | ({'reasoning_content': reasoning} if (reasoning or '').strip() else {})
 
 

@@ -91,11 +91,12 @@ class Loader:
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self._rows))
         return [self._rows[row] for row in order[index * self.batch : (index + 1) * self.batch]]
 
-    def fetch(self, k: int) -> TrainBatch:
-        """Batch k: host arrays [B, T]."""
-        rows = [assemble([self._documents[i] for i in row], self.row_length) for row in self.documents_of(k)]
-        rows += [assemble([], self.row_length)] * (self.batch - len(rows))
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    def fetch(self, k: int, rows: slice = slice(None)) -> TrainBatch:
+        """Batch k, or only those of its rows that a process needs: host arrays [B, T]."""
+        filled = self.documents_of(k)
+        chosen = (filled + [[]] * (self.batch - len(filled)))[rows]
+        made = [assemble([self._documents[i] for i in row], self.row_length) for row in chosen]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *made)
 
     def iterate(self, start: int, stop: int) -> Iterator[TrainBatch]:
         """Batches start .. stop - 1, made by grain's threads while the caller computes."""
