@@ -142,7 +142,7 @@ class Progress:
 
     def _line(self, mark: '_Mark', rates: Mapping[str, float], shown: Mapping[str, float]) -> str:
         parts = [f'{self._name} {mark.step}/{self._total} ({100 * mark.step // self._total}%)']
-        if rates:
+        if rates and self._first:
             mean = (mark.time - self._first.time) / (mark.step - self._first.step)
             parts.append(f'{rates["seconds_per_step"]:.3g} s/step')
             if rates['tokens_per_second']:

@@ -16,7 +16,7 @@ TRAIN_AXES = ('data', 'fsdp', 'context', 'tensor')
 ROLLOUT_AXES = ('data', 'tensor')
 
 # logical axis -> mesh axes. Residuals are sequence-sharded over `context`; attention is heads-sharded over (tensor, context).
-TRAIN_TABLE = {
+TRAIN_TABLE: dict[str, str | tuple[str, ...]] = {
     'batch': ('data', 'fsdp'),
     'sequence': 'context',
     'embed': 'fsdp',
@@ -27,7 +27,7 @@ TRAIN_TABLE = {
     'attention_heads': ('tensor', 'context'),
 }
 # Rollout keeps whole layers on each data replica: decoding would otherwise gather every weight for every token.
-ROLLOUT_TABLE = {
+ROLLOUT_TABLE: dict[str, str | tuple[str, ...]] = {
     'batch': 'data',
     'vocab': 'tensor',
     'heads': 'tensor',
@@ -35,7 +35,7 @@ ROLLOUT_TABLE = {
     'mlp': 'tensor',
     'attention_heads': 'tensor',
 }
-TABLES = {TRAIN_AXES: TRAIN_TABLE, ROLLOUT_AXES: ROLLOUT_TABLE}
+TABLES: dict[tuple[str, ...], dict[str, str | tuple[str, ...]]] = {TRAIN_AXES: TRAIN_TABLE, ROLLOUT_AXES: ROLLOUT_TABLE}
 
 
 @dataclasses.dataclass(unsafe_hash=True)

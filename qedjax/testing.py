@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -39,7 +40,8 @@ def random_batch(seed: int, rows: int, length: int, vocab: int = 300) -> TrainBa
     following[:, -1] = 0
     targets = np.where(following == segments, np.roll(tokens, -1, axis=1), 0)
     weights = weights & (segments > 0) & (following == segments)
-    return TrainBatch(tokens.astype(np.int32), targets.astype(np.int32), weights.astype(np.float32), positions, segments)
+    fields: Any = tokens.astype(np.int32), targets.astype(np.int32), weights.astype(np.float32), positions, segments
+    return TrainBatch(*fields)
 
 
 def shared_data() -> pathlib.Path:
@@ -103,7 +105,7 @@ def tiny_tokenizer(thinking: str = 'hybrid') -> transformers.PreTrainedTokenizer
     'open' (the prompt ends inside <think>) or 'none' (plain ChatML, reasoning ignored).
     """
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    merges = [tuple(byte_level.pre_tokenize_str(part)[0][0] for part in pair) for pair in _MERGES]
+    merges = [(byte_level.pre_tokenize_str(left)[0][0], byte_level.pre_tokenize_str(right)[0][0]) for left, right in _MERGES]
     symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in merges]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(dict(zip(symbols, range(len(symbols)), strict=True)), merges))
     backend.pre_tokenizer, backend.decoder = byte_level, tokenizers.decoders.ByteLevel()

@@ -15,12 +15,12 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-import reference  # noqa: E402
-import torch  # noqa: E402
-import torch_reference  # noqa: E402
-import transformers  # noqa: E402
+import reference
+import torch
+import torch_reference
+import transformers
 
-from qedjax.sharding import MeshConfig, make_mesh  # noqa: E402
+from qedjax.sharding import MeshConfig, make_mesh
 
 
 def golden(case: str) -> dict[str, np.ndarray]:

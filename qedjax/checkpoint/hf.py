@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def _load(weight: Weight, leaf: jax.ShapeDtypeStruct, entries: Mapping[str, Entr
     """One parameter. Each device's callback reads the part of the files that its shard needs."""
     names, apart = weight.names(leaf.shape), weight.split_shape(leaf.shape)
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         sizes = [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True)]
         out = _aligned(sizes, leaf.dtype)
         layers, part = (index[0], index[1:]) if weight.stacked else (slice(None), index)
@@ -157,19 +158,20 @@ def save_hf(model: Transformer, folder: str | os.PathLike, *, files: str | os.Pa
     Raises ValueError for a folder that is not empty, a disk that is too small, a model that Hugging Face has no
     architecture for, or values that overflow `dtype`; nothing is left behind then.
     """
-    folder, dtype = pathlib.Path(folder).absolute(), dtype or model.cfg.param_dtype
+    folder = pathlib.Path(folder).absolute()
     check_target(folder)
-    config, dtype = config_bytes(model.cfg, dtype, files, eos_ids), np.dtype(dtype)
+    config = config_bytes(model.cfg, dtype or model.cfg.param_dtype, files, eos_ids)
+    stored = jnp.dtype(dtype or model.cfg.param_dtype)
     temporary = folder.with_name(f'.{folder.name}.incomplete')
     if jax.process_index() == 0:
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
-        entries = _prepare(temporary, torch_shapes(model), dtype, max_shard_bytes) if jax.process_index() == 0 else {}
+        entries = _prepare(temporary, torch_shapes(model), stored, max_shard_bytes) if jax.process_index() == 0 else {}
         for name, values in _torch_tensors(model):
             if entries:
-                write_tensor(entries[name], (_cast(name, values[rows], dtype) for rows in _blocks(values.shape)))
+                write_tensor(entries[name], (_cast(name, values[rows], stored) for rows in _blocks(values.shape)))
             if progress:
-                progress(values.size * dtype.itemsize)
+                progress(values.size * stored.itemsize)
         if entries:
             finish_folder(temporary, entries)
             _write_other_files(temporary, config, files, tokenizer, eos_ids)
@@ -200,9 +202,9 @@ def config_bytes(cfg: ModelConfig, dtype: str, files: str | os.PathLike | None =
     if dtype not in choices:
         raise ValueError(f'weights cannot be written as {dtype!r}; choose one of {", ".join(choices)}')
     path = pathlib.Path(files, 'config.json') if files else None
-    old = read_config(files) if path and path.is_file() else None
+    old = read_config(path.parent) if path and path.is_file() else None
     new = to_hf(cfg, dtype, old, eos_ids)
-    return path.read_bytes() if new == old else (json.dumps(new, indent=2) + '\n').encode()
+    return path.read_bytes() if path and new == old else (json.dumps(new, indent=2) + '\n').encode()
 
 
 def _prepare(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -73,7 +74,7 @@ TABLE = tuple(Weight(*row) for row in (
 ))  # fmt: skip
 
 
-def match(model) -> list[tuple[Weight, jax.Array]]:
+def match(model) -> list[tuple[Weight, Any]]:
     """Row of the table of each parameter of a model (or of its abstract tree), in the model's order."""
     pairs = []
     for path, leaf in jax.tree.leaves_with_path(model):
@@ -84,7 +85,7 @@ def match(model) -> list[tuple[Weight, jax.Array]]:
     return pairs
 
 
-def tensors(model) -> dict[str, tuple[Weight, jax.Array, int]]:
+def tensors(model) -> dict[str, tuple[Weight, Any, int]]:
     """Row, parameter and layer of each tensor of a model's (or its abstract tree's) folder, in forward order."""
     found = [(weight, leaf, layer) for weight, leaf in match(model) for layer in range(len(weight.names(leaf.shape)))]
 

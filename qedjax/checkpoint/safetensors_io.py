@@ -160,7 +160,8 @@ def create_folder(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], d
 
 def _create_file(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, Entry]:
     code = next(code for code, known in DTYPES.items() if known == dtype)
-    header, offset = {'__metadata__': {'format': 'pt'}}, 0
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    offset = 0
     for name, shape in shapes.items():
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {'dtype': code, 'shape': list(shape), 'data_offsets': [offset, end]}

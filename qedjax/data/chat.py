@@ -7,12 +7,14 @@ a mask taken from prefixes shifts. Here the template writes prompts only; comple
 import dataclasses
 import functools
 import re
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from qedjax.types import Example, Message
 
+RawMessages = Sequence[Mapping[str, Any]]  # as they come from a file
 ROLES = ('system', 'user', 'assistant', 'tool')
 OPEN, CLOSE = '<think>', '</think>'
 _TOOL_RESPONSE = re.compile(r'(<tool_response>)(.*)(</tool_response>)', re.DOTALL)
@@ -56,10 +58,11 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
 @functools.lru_cache(maxsize=16)
 def _chat_format(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatFormat:
     control = _control(tokenizer)
-    query, answer, reasoning = {'role': 'user', 'content': _PRIVATE[0]}, _PRIVATE[1], _PRIVATE[2]
-    reply = {'role': 'assistant', 'content': answer}
+    answer, reasoning = _PRIVATE[1], _PRIVATE[2]
+    query: Message = {'role': 'user', 'content': _PRIVATE[0]}
+    reply: Message = {'role': 'assistant', 'content': answer}
     plain = _render([query, reply], tokenizer, prompt=False)
-    thoughtful = _render([query, reply | {'reasoning_content': reasoning}], tokenizer, prompt=False)
+    thoughtful = _render([query, {**reply, 'reasoning_content': reasoning}], tokenizer, prompt=False)
     on, off = (_render([query], tokenizer, prompt=True, thinking=thinking) for thinking in (True, False))
     ending = plain.partition(answer)[2]
     end = control.search(ending)
@@ -93,7 +96,7 @@ def _encode(text: str, tokenizer, mark: str | None = None) -> list[int]:
 
 
 def _unused(messages: list[Message]) -> list[str]:
-    used = set().union(*(message.get(key, '') for message in messages for key in ('content', 'reasoning_content')))
+    used = {character for message in messages for text in message.values() for character in str(text)}
     return [character for character in _PRIVATE if character not in used]
 
 
@@ -106,8 +109,11 @@ def _cut_message(message: Message, control: re.Pattern, mark: str) -> Message:
     """Cuts every text; a user turn that is wholly a tool response keeps its two tags: the template looks for them."""
     block = _TOOL_RESPONSE.fullmatch(message['content']) if message['role'] == 'user' else None
     if block:
-        return message | {'content': block[1] + _cut(block[2], control, mark) + block[3]}
-    return {key: text if key == 'role' else _cut(text, control, mark) for key, text in message.items()}
+        return {**message, 'content': block[1] + _cut(block[2], control, mark) + block[3]}
+    cut: Message = {'role': message['role'], 'content': _cut(message['content'], control, mark)}
+    if 'reasoning_content' in message:
+        cut['reasoning_content'] = _cut(message['reasoning_content'], control, mark)
+    return cut
 
 
 def split_thinking(text: str, opened: bool) -> Thought:
@@ -120,18 +126,18 @@ def split_thinking(text: str, opened: bool) -> Thought:
     return Thought(body.strip('\n'), '', False) if tagged or opened else Thought('', text, True)
 
 
-def normalize_messages(messages: list[dict]) -> list[Message]:
+def normalize_messages(messages: RawMessages) -> list[Message]:
     """Messages with text contents, and the assistant's think blocks split off into reasoning_content if that is blank.
 
     Raises:
       ValueError: naming index and role, on what a template would drop, print as 'None' or fail on.
     """
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list | tuple) or not messages:
         raise ValueError('messages must be a list of at least one message')
     return [_normalize(message, index) for index, message in enumerate(messages)]
 
 
-def _normalize(message: dict, index: int) -> Message:
+def _normalize(message: Mapping[str, Any], index: int) -> Message:
     role = message.get('role') if isinstance(message, dict) else None
     where = f'message {index} ({role})'
     if not isinstance(role, str) or role not in ROLES:
@@ -150,7 +156,10 @@ def _normalize(message: dict, index: int) -> Message:
         reasoning, content, _ = split_thinking(content, opened=False)
     if role == 'assistant' and reasoning and content.lstrip().startswith(OPEN):
         raise ValueError(f'{where}: the content begins with a think block beside the reasoning given; keep one of them')
-    return {'role': role, 'content': content} | ({'reasoning_content': reasoning} if (reasoning or '').strip() else {})
+    turn: Message = {'role': role, 'content': content}
+    if reasoning and reasoning.strip():
+        turn['reasoning_content'] = reasoning
+    return turn
 
 
 def _join(parts: list, where: str) -> str:
@@ -161,7 +170,7 @@ def _join(parts: list, where: str) -> str:
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], thinking: bool | None = None
+    tokenizer: PreTrainedTokenizerBase, messages: RawMessages, thinking: bool | None = None
 ) -> tuple[int, ...]:
     """The ids to sample from: the template's generation prompt, control tokens inside contents kept as text.
 
@@ -170,41 +179,41 @@ def prompt_ids(
     Raises:
       ValueError: if the messages end with no query, or thinking is False and the template always opens a think block.
     """
-    form, messages = chat_format(tokenizer), normalize_messages(messages)
-    last = messages[-1]['role']
+    form, turns = chat_format(tokenizer), normalize_messages(messages)
+    last = turns[-1]['role']
     if last not in ('user', 'tool'):
-        raise ValueError(f'message {len(messages) - 1} ({last}): a prompt must end with a user or tool message')
+        raise ValueError(f'message {len(turns) - 1} ({last}): a prompt must end with a user or tool message')
     if thinking is False and not form.switch and not form.think_open:
         raise ValueError(f'{tokenizer.name_or_path}: its chat template always opens a think block; give rows with '
                          'reasoning, or use a template that heeds enable_thinking')
-    mark = _unused(messages)[0]
-    cut = [_cut_message(message, form.control, mark) for message in messages]
+    mark = _unused(turns)[0]
+    cut = [_cut_message(message, form.control, mark) for message in turns]
     return tuple(_encode(_render(cut, tokenizer, prompt=True, thinking=thinking), tokenizer, mark))
 
 
-def dropped_reasoning(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> int:
+def dropped_reasoning(tokenizer: PreTrainedTokenizerBase, messages: RawMessages) -> int:
     """Characters of earlier reasoning that the template leaves out of the prompt made from these messages."""
-    messages = normalize_messages(messages)
-    thoughts = [message['reasoning_content'] for message in messages if 'reasoning_content' in message]
-    signs = dict(zip(_unused(messages), thoughts, strict=False))
+    turns = normalize_messages(messages)
+    thoughts = [message['reasoning_content'] for message in turns if 'reasoning_content' in message]
+    signs = dict(zip(_unused(turns), thoughts, strict=False))
     names = iter(signs)
     text = _render([message | {'reasoning_content': next(names)} if 'reasoning_content' in message else message
-                    for message in messages], tokenizer, prompt=True)
+                    for message in turns], tokenizer, prompt=True)
     return sum(len(thought) for sign, thought in signs.items() if sign not in text)
 
 
-def encode_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict], reply: dict) -> Example:
+def encode_turn(tokenizer: PreTrainedTokenizerBase, messages: RawMessages, reply: Mapping[str, Any]) -> Example:
     """The prompt of `messages` in the reply's mode (thinking or not), and the ids that the model must produce after it.
 
     Raises:
       ValueError: on an empty answer, or one without reasoning under a template that always opens a think block.
     """
-    form, (reply,) = chat_format(tokenizer), normalize_messages([reply])
-    reasoning, answer = reply.get('reasoning_content', ''), reply['content']
+    form, (turn,) = chat_format(tokenizer), normalize_messages([reply])
+    reasoning, answer = turn.get('reasoning_content', ''), turn['content']
     if not answer.strip():
         raise ValueError('the completion has no answer: nothing to learn, or a thought that was cut')
     prompt = prompt_ids(tokenizer, messages, thinking=bool(reasoning))
-    mark = _unused([reply])[0]
+    mark = _unused([turn])[0]
     reasoning, answer = (_cut(text, form.control, mark) for text in (reasoning, answer))
     if reasoning:
         text = form.think_open + reasoning.strip('\n') + form.think_close + answer.lstrip('\n')

@@ -145,7 +145,7 @@ def teacher_continuation(
     found = _SUMMARY.fullmatch(summary)
     if summary and (not found or found[1] not in problem.labels):
         raise ValueError(f'{summary[:60]!r} is not a summary of {problem.text[:60]!r}')
-    if not summary or rng.random() < restart:
+    if not found or rng.random() < restart:
         return teacher_proof(problem, rng, slip)
     step = problem.labels.index(found[1]) + 1
     step += step < len(problem.labels) and rng.random() < skip
@@ -175,7 +175,7 @@ def summary_text(problem: Problem, proof: str, rng: np.random.Generator | None =
     if not claims:
         return ''
     digit = int(claims[-1][2])
-    return f'{claims[-1][1]}={_digit(digit, rng, wrong) if wrong else digit}'
+    return f'{claims[-1][1]}={_digit(digit, rng, wrong) if rng else digit}'
 
 
 def sft_rows(seed: int, n: int, min_steps: int = 4, max_steps: int = 8, slip: float = 0.1) -> list[dict[str, str]]:

@@ -78,7 +78,7 @@ class Loader:
         """Hash of the documents and of all that decides which batch they are in."""
         digest = hashlib.sha256(repr((self.row_length, self.batch, self.seed, self._rows)).encode())
         for ids, prompt in self._documents:
-            digest.update(np.int32([len(ids), prompt]).tobytes() + ids.tobytes())
+            digest.update(np.array([len(ids), prompt], np.int32).tobytes() + ids.tobytes())
         return digest.hexdigest()[:16]
 
     def prompts(self, count: int) -> list[tuple[int, ...]]:

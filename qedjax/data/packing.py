@@ -1,6 +1,7 @@
 """Packing: several documents a row, whole, with segment ids and positions; which go together is planned from their lengths alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -36,7 +37,8 @@ def plan_rows(lengths: Sequence[int], row_length: int, seed: int, max_documents:
 
 def assemble(documents: Sequence[tuple[np.ndarray, int]], row_length: int) -> TrainBatch:
     """One row [T] of (token ids, number of prompt ids) documents, laid end to end; the rest is padding (see TrainBatch)."""
-    row = TrainBatch(*(np.zeros(row_length, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32)))
+    fields: Any = [np.zeros(row_length, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32)]
+    row: Any = TrainBatch(*fields)
     start = 0
     for segment, (ids, prompt) in enumerate(documents, 1):
         end = start + len(ids)

@@ -82,7 +82,7 @@ def read_rows(source: Source, schema: tuple[Field, ...]) -> tuple[list[dict], Ro
     for line, record in _records(source, wanted, seen):
         if source.limit and len(rows) == source.limit:
             break
-        reason, row = (record, None) if isinstance(record, str) else _row(record, columns, schema)
+        reason, row = (record, {}) if isinstance(record, str) else _row(record, columns, schema)
         if reason:
             bad[reason] += 1
             first += [f'{source.path}:{line}: {reason}'] if len(first) < 10 else []

@@ -23,8 +23,9 @@ ZERO_CREDIT = (
     'Steps before a first line `From x=v` with a false v (with a true v it stands for the steps up to x).',
     'The answer without a right last step.',
 )
-FALSE_ANSWER = Deduction('The final answer is false.', amount=1)
-STRAY_LINE = Deduction('Some line is repeated, out of order or no line of such a proof.', amount=1)
+FALSE_ANSWER_COST = STRAY_LINE_COST = 1
+FALSE_ANSWER = Deduction('The final answer is false.', amount=FALSE_ANSWER_COST)
+STRAY_LINE = Deduction('Some line is repeated, out of order or no line of such a proof.', amount=STRAY_LINE_COST)
 
 _LABEL = f'([{re.escape(LABELS)}])'
 _LINE = re.compile(rf'{_LABEL} [0-9][-+*][0-9]=[0-9]')
@@ -57,7 +58,7 @@ def grade(problem: Problem, text: str) -> Graded:
     truth = problem.values[-1]
     score = sum(points for first, end, points in blocks(len(right)) if all(right[first:end]))
     score += (FULL - LINE_POINTS) * (right[-1] and answer == truth)
-    score -= FALSE_ANSWER.amount * (answer is not None and answer != truth) + STRAY_LINE.amount * stray
+    score -= FALSE_ANSWER_COST * (answer is not None and answer != truth) + STRAY_LINE_COST * stray
     notes = [f'{sum(right)} of {len(right)} steps right']
     if not all(right):
         notes.append(f'not shown: {problem.lines[right.index(False)]}')
@@ -75,7 +76,7 @@ def _read(problem: Problem, text: str) -> tuple[list[bool], int | None, bool]:
     for number, row in enumerate(rows, 1):
         line = _LINE.fullmatch(row) or (_FROM.fullmatch(row) if number == 1 else None)
         step = problem.labels.find(line[1]) if line else -1
-        if step >= due:
+        if line and step >= due:
             if line.re is _LINE:
                 right[step] = row == lines[step]
             elif int(line[2]) == problem.values[step]:

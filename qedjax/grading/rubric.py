@@ -66,8 +66,8 @@ def validate(rubric: Rubric) -> Rubric:
             raise ValueError(f'deduction {number} must have either an amount or a cap')
         if type(value) is not int or not low <= value <= high:
             raise ValueError(f'deduction {number} is {value!r}; it must be an integer from {low} to {high}')
-    for item in (*rubric.checkpoints, *rubric.deductions, *rubric.zero_credit):
-        text = item if isinstance(item, str) else item.text
+    scored = [checkpoint.text for checkpoint in rubric.checkpoints]
+    for text in (*scored, *(deduction.text for deduction in rubric.deductions), *rubric.zero_credit):
         if not text or text != ' '.join(text.split()):
             raise ValueError(f'the text {text[:60]!r} must be one line, not empty, with single spaces')
     return rubric

@@ -242,7 +242,7 @@ def to_hf(cfg: ModelConfig, dtype: str, source: Mapping[str, Any] | None = None,
     """
     fresh = _fresh(cfg, dtype, eos_ids)
     origin = _describes(source, cfg) if source else None
-    if origin is None:
+    if origin is None or source is None:
         return fresh
     config, key = dict(source), 'dtype' if 'dtype' in source else 'torch_dtype'
     if key in source and source[key] != dtype:

@@ -6,6 +6,7 @@ Rounded up or down at random, in proportion, they move right on average (Gupta e
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def validate(cfg: OptimizerConfig) -> None:
         raise ValueError(f'optimizer needs learning_rate >= 0, 0 <= warmup_fraction <= 1 and clip_norm >= 0: {cfg}')
 
 
-def make_schedule(cfg: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+def make_schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     """Learning rate of update number 0 .. steps - 1. The warm-up's first update already moves: rates are (i + 1) / warm-up."""
     warmup = round(cfg.warmup_fraction * steps)
     final, rest = cfg.learning_rate * cfg.final_fraction, max(steps - warmup - 1, 1)
@@ -97,14 +98,15 @@ def to_float32(tree):
 
 def apply_updates(params, updates, key: jax.Array):
     """params + updates; float32 parameters exactly, bfloat16 ones rounded stochastically with bits from `key`."""
-    leaves, treedef = jax.tree.flatten(params)
+    leaves = jax.tree.leaves(params)
     keys = jax.random.split(key, len(leaves))
 
     def apply(param, update, key):
         total = param.astype(jnp.float32) + update
         return stochastic_round(total, key) if param.dtype == jnp.bfloat16 else total.astype(param.dtype)
 
-    return treedef.unflatten([apply(*args) for args in zip(leaves, jax.tree.leaves(updates), keys, strict=True)])
+    applied = [apply(*args) for args in zip(leaves, jax.tree.leaves(updates), keys, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(params), applied)
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
