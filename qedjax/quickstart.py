@@ -57,7 +57,7 @@ class QuickstartConfig:
     sft: SFTConfig = dataclasses.field(default_factory=lambda: SFTConfig(
         model=ModelConfig(vocab_size=288, embed_dim=192, mlp_dim=576, num_layers=2, num_heads=6, num_kv_heads=6, head_dim=32,
                           max_positions=1024, rope_theta=1e4, init_std=0.05, dtype='float32', attention_block=256, remat='none'),
-        format='pair', row_length=256, batch_size=8,
+        format='pair', row_length=256, batch_size=8, save_every=100,
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_fraction=0.05, b2=0.98, weight_decay=0.01)))
     seed: int = 0
 

@@ -175,7 +175,7 @@ def summary_text(problem: Problem, proof: str, rng: np.random.Generator | None =
     if not claims:
         return ''
     digit = int(claims[-1][2])
-    return f'{claims[-1][1]}={_digit(digit, rng, wrong) if rng else digit}'
+    return f'{claims[-1][1]}={_digit(digit, rng, wrong) if rng and wrong else digit}'
 
 
 def sft_rows(seed: int, n: int, min_steps: int = 4, max_steps: int = 8, slip: float = 0.1) -> list[dict[str, str]]:
