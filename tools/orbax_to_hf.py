@@ -8,6 +8,7 @@ template, generation_config and licence come from the run's hf_files, unchanged.
 
 import jax
 from absl import flags
+from compare_logits import verify_logits
 
 from qedjax import cli
 from qedjax.checkpoint.convert import orbax_to_hf
@@ -22,8 +23,9 @@ LOGITS_UP_TO = flags.DEFINE_float('logits_up_to', 2e9, 'Parameters above which -
 
 def main(_) -> None:
     jax.config.update('jax_platforms', 'cpu')  # a run may hold the accelerator
-    orbax_to_hf(ORBAX.value, HF.value, dtype=DTYPE.value, files=FILES.value, verify=VERIFY.value,
-                logits_up_to=LOGITS_UP_TO.value)
+    orbax_to_hf(ORBAX.value, HF.value, dtype=DTYPE.value, files=FILES.value, verify=VERIFY.value)
+    if VERIFY.value:
+        verify_logits(HF.value, LOGITS_UP_TO.value)
 
 
 if __name__ == '__main__':

@@ -331,9 +331,9 @@ def _restore(path: epath.PathLike, abstract, prefix: str, cast: bool):
 
 
 def _batches(names: list[str], arrays: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Names in groups of about 1 GB for each process, so that little beside the result is in memory at any time."""
+    """Names in groups of about 1 GB for each process, largest first: what is being read may be in memory twice."""
     batch, size = [], 0
-    for name in names:
+    for name in sorted(names, key=lambda name: _nbytes(arrays[name]), reverse=True):
         if batch and size + _nbytes(arrays[name]) > jax.process_count() * 10**9:
             yield batch
             batch, size = [], 0
