@@ -98,7 +98,7 @@ def _require_finite(orbax: str | os.PathLike, model: Transformer) -> None:
             raise ValueError(f'{orbax}: {weight.path} has values that are not finite in bfloat16; choose --dtype=float32')
 
 
-def _eos_ids(files: pathlib.Path | None) -> tuple[int, ...]:
+def _eos_ids(files: str | os.PathLike | None) -> tuple[int, ...]:
     """Ids that end a generation where no file says so: a model trained from scratch has a tokenizer alone."""
     if not files or any(pathlib.Path(files, name).is_file() for name in ('config.json', 'generation_config.json')):
         return ()
