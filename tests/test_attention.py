@@ -1,6 +1,10 @@
-"""Each attention backend that runs here against a naive float64 reference, and against itself under padding, packing, blocks and shards."""
+"""Each attention backend that runs here against a naive float64 reference, and against itself.
+
+Padding, packing, blocks and shards must change nothing.
+"""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qedjax.model import attention_splash, attention_xla
 from qedjax.model.attention import attend_packed
 from qedjax.model.attention_cudnn import attend as attend_cudnn
+from qedjax.model.rope import rope_angles
+from qedjax.model.transformer import Block, rematerialize
 from qedjax.sharding import MeshConfig, make_mesh, put
 from qedjax.testing import tiny_config
 
-# (backend, block): one dense block, several blocks with and without a ragged last one, and the TPU kernel in interpret mode.
-KINDS = [('xla', 512), ('xla', 32), ('xla', 24), ('splash', 0)]
+# (backend, block): one dense block, several blocks with and without a ragged last one, and the TPU kernel in interpret
+# mode, in one block and in several.
+KINDS = [('xla', 512), ('xla', 32), ('xla', 24), ('splash', 256), ('splash', 128)]
 T = 160
 SEGMENTS = np.array([
     [1] * 160,
@@ -57,8 +65,8 @@ def values_and_grads(q, k, v, segments, weights, cfg):
 def run(kind, q, k, v, segments, weights, mesh_config=None, devices=1):
     """Output and the gradients of q, k, v, on the host."""
     mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[:devices])
-    cfg = tiny_config(attention=kind[0], attention_block=kind[1] or 512)
-    with jax.set_mesh(mesh):
+    cfg = tiny_config(attention=kind[0], attention_block=kind[1])
+    with jax.set_mesh(mesh), mock.patch.object(attention_splash, 'BLOCKS', (kind[1],)):
         arrays = [put(x, mesh, 'batch', 'sequence', 'heads', None) for x in (q, k, v)]
         rest = put(segments, mesh, 'batch', 'sequence'), put(weights, mesh, 'batch', 'sequence', 'heads', None)
         return [np.asarray(x) for x in values_and_grads(*arrays, *rest, cfg)]
@@ -101,13 +109,28 @@ def test_values_and_gradients_equal_the_dense_path(dense, kind):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.fixture(scope='module')
+def wide():
+    """Eight rows and heads, so that eight devices can split either; values and gradients of the dense path on one device."""
+    q, k, v = make_qkv(9, rows=8, heads=8, kv_heads=4, head_dim=8)
+    weights = np.random.default_rng(10).normal(size=q.shape).astype(np.float32)
+    segments = np.concatenate([SEGMENTS, SEGMENTS[::-1]])
+    return (q, k, v, segments, weights), run(KINDS[0], q, k, v, segments, weights)
+
+
 @pytest.mark.parametrize('kind', [KINDS[0], KINDS[1], KINDS[3]])
-@pytest.mark.parametrize('mesh_config', [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, tensor=2, context=2),
-                                         MeshConfig(fsdp=2, context=4)])  # the last one must copy kv heads
-def test_sharding_changes_nothing(dense, kind, mesh_config):
-    inputs, want = dense
+@pytest.mark.parametrize('mesh_config', [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(fsdp=2, tensor=2, context=2),
+                                         MeshConfig(fsdp=1, tensor=2, context=4)])  # the last one must copy kv heads
+def test_sharding_changes_nothing(wide, kind, mesh_config):
+    inputs, want = wide
     for got, expected in zip(run(kind, *inputs, mesh_config, devices=8), want, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_heads_that_do_not_fit_the_mesh_are_refused():
+    q, k, v = make_qkv(0, heads=4)
+    with pytest.raises(ValueError, match='num_heads=4 cannot be split over tensor x context = 8 devices'):
+        run(KINDS[0], q, k, v, SEGMENTS, np.ones_like(q), MeshConfig(fsdp=1, tensor=2, context=4), devices=8)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -151,6 +174,51 @@ def test_bfloat16_stays_close(dense):
         assert np.abs(got - want[0]).max() < 0.03
 
 
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), seed=st.integers(0, 100))
+def test_blocks_left_out_share_no_segment(lengths, seed):
+    """Where two blocks of a row share a segment, `_meeting` says so; where a block is all padding, it meets nothing."""
+    segments = np.repeat(np.random.default_rng(seed).integers(0, 6, len(lengths)), lengths)
+    segments = np.pad(segments, (0, T))[:T].reshape(-1, 1, 16)
+    meeting = np.asarray(jax.jit(attention_xla._meeting)(segments))
+    for i, left in enumerate(segments[:, 0]):
+        for j, right in enumerate(segments[:, 0]):
+            assert meeting[i, j] >= bool(set(left[left > 0]) & set(right[right > 0]))
+        if not left.any():
+            assert not meeting[i].any()
+
+
+@pytest.mark.parametrize(('length', 'size'), [(8, 128), (100, 128), (160, 128), (500, 512), (640, 256), (1024, 1024), (1100, 256),
+                                              (5000, 1024), (49_152, 1024)])
+def test_splash_pads_rows_by_little(length, size):
+    assert attention_splash.block_size(length) == size
+    assert -length % size < max(128, length / 4)
+
+
+@pytest.mark.parametrize(('kind', 'kept', 'loops'), [(('xla', 512), 1, 0), (('xla', 32), 2, 1), (('splash', 128), 2, 0)])
+def test_remat_keeps_the_output_once(mesh, kind, kept, loops):
+    """Under remat='attention' the backward pass is given the output (and log-sum-exp) once, and does not run the loop that made them.
+
+    That it does not run splash's kernel again shows in the code compiled for a TPU: see test_attention_tpu.py.
+    """
+    cfg = tiny_config(attention=kind[0], attention_block=kind[1])
+    x, segments = put(np.ones((2, 64, cfg.embed_dim), np.float32), mesh, 'batch', 'sequence', None), jnp.ones((2, 64), jnp.int32)
+    block = jax.eval_shape(lambda: Block(cfg, jax.random.key(0)))
+    angles = rope_angles(cfg, jnp.broadcast_to(jnp.arange(64), (2, 64)))
+
+    def layer(x, block):
+        return block(x, angles, lambda q, k, v: (attend_packed(q, k, v, segments, cfg), None))[0]
+
+    def kept_and_loops(policy):
+        body = rematerialize(layer, policy)
+        kept = jax.tree.leaves(jax.eval_shape(lambda *inputs: jax.vjp(body, *inputs)[1], x, block))
+        both_passes = jax.make_jaxpr(jax.value_and_grad(lambda *inputs: body(*inputs).sum()))(x, block)
+        return len(kept), str(both_passes).count('while[')
+
+    full, attention = kept_and_loops('full'), kept_and_loops('attention')
+    assert attention == (full[0] + kept, full[1] - loops)
+
+
 def compiled_backward(length):
     cfg, mesh = tiny_config(attention_block=64), make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -160,10 +228,10 @@ def compiled_backward(length):
 
 
 def test_memory_is_linear_in_length():
-    short, long = compiled_backward(2048), compiled_backward(4096)
+    short, long = compiled_backward(4096), compiled_backward(8192)
     temporary = [c.memory_analysis().temp_size_in_bytes for c in (short, long)]
     assert temporary[1] < 2.2 * temporary[0]
-    assert '4096,4096' not in long.as_text()
+    assert '8192,8192' not in long.as_text()
 
 
 def test_cudnn_refuses_what_it_cannot_do(mesh, monkeypatch):
@@ -184,6 +252,32 @@ def test_cudnn_lowers_to_its_kernel_with_a_causal_mask_and_lengths(mesh, monkeyp
     monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_compute_capability', lambda capability: True)
     q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in make_qkv(0, length=128, head_dim=64))
     segments = jax.ShapeDtypeStruct((4, 128), jnp.int32)
-    lowered = jax.jit(functools.partial(attend_cudnn, block=0)).trace(q, k, v, segments).lower(lowering_platforms=('cuda',)).as_text()
-    assert '__cudnn$fmhaSoftmax' in lowered
-    assert 'PADDING_CAUSAL' in lowered.replace('\\', '')
+
+    def loss(q, k, v, segments):
+        return attend_cudnn(q, k, v, segments, 0).astype(jnp.float32).sum()
+
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v, segments).lower(lowering_platforms=('cuda',)).as_text()
+    for call in ('__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward'):
+        line = next(line for line in lowered.splitlines() if f'@{call}(' in line)
+        assert 'PADDING_CAUSAL' in line
+        assert line.count('tensor<4xi32>') == 2  # the rows' lengths, of queries and of keys
+
+
+def test_cudnn_masks_around_the_kernel(mesh, monkeypatch):
+    """With a kernel that leaves NaN beyond a row's length, padding is zero in both passes; packed rows come back as NaN."""
+    monkeypatch.setattr('qedjax.model.attention_cudnn._platform', lambda: 'cuda')
+
+    def kernel(q, k, v, *, query_seq_lengths, key_value_seq_lengths, is_causal, implementation):
+        assert is_causal
+        assert implementation == 'cudnn'
+        np.testing.assert_array_equal(query_seq_lengths, [160, 100, 0, 160])
+        return jnp.where((jnp.arange(q.shape[1]) < query_seq_lengths[:, None])[:, :, None, None], q, jnp.nan)
+
+    monkeypatch.setattr('jax.nn.dot_product_attention', kernel)
+    segments = jnp.asarray([[1] * 160, [1] * 100 + [0] * 60, [0] * 160, [1] * 90 + [2] * 70], jnp.int32)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in make_qkv(0))
+    out, pull = jax.vjp(lambda q: attend_cudnn(q, k, v, segments, 0), q)
+    np.testing.assert_array_equal(out[:3], jnp.where(segments[:3, :, None, None] > 0, q[:3], 0))
+    assert jnp.isnan(out[3]).all()
+    (d_q,) = pull(jnp.ones_like(out))
+    np.testing.assert_array_equal(d_q[:3], jnp.broadcast_to(segments[:3, :, None, None] > 0, q[:3].shape))

@@ -1,7 +1,8 @@
 """Attention over packed rows and over the cache. Backends see local arrays only: one shard_map serves them all.
 
-Packed rows are causal by index inside each segment; segment 0 is padding, attends to nothing and yields zeros. A backend that cannot
-honour segment ids refuses; none drops them.
+Packed rows are causal by index inside each segment; segment 0 is padding, attends to nothing and yields zeros. A
+backend that cannot honour segment ids refuses; none drops them. Each names what remat='attention' keeps, in its own
+layout, so that the output is stored once.
 """
 
 import jax
@@ -22,11 +23,13 @@ def attend_packed(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Arr
       segment_ids: int32 [B, T], 0 where padding.
       cfg: chooses the backend and its block size.
 
-    Returns: [B, T, N, H] in q's dtype and sharding. Between the two reshards rows are whole and heads are split over tensor and context.
+    Returns: [B, T, N, H] in q's dtype and sharding. Between the two reshards rows are whole and heads are split over
+    tensor and context.
     """
     shards = axis_size('attention_heads')
     if q.shape[2] % shards:
-        raise ValueError(f'num_heads={q.shape[2]} cannot be split over tensor x context = {shards} devices; choose a smaller mesh axis')
+        raise ValueError(f'num_heads={q.shape[2]} cannot be split over tensor x context = {shards} devices; '
+                         'choose a smaller mesh axis')
     if k.shape[2] % shards:  # copy kv heads just enough for every device to hold its own; gradients add up again
         repeats = next(r for r in range(1, q.shape[2] // k.shape[2] + 1)
                        if k.shape[2] * r % shards == 0 and q.shape[2] % (k.shape[2] * r) == 0)
@@ -38,7 +41,8 @@ def attend_packed(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Arr
     def local(q, k, v, segment_ids):
         return BACKENDS[cfg.attention](q, k, v, segment_ids, cfg.attention_block)
 
-    out = jax.shard_map(local, in_specs=(whole, whole, whole, rows), out_specs=whole, check_vma=False)(q, k, v, segment_ids)
+    inputs = (whole, whole, whole, rows)
+    out = jax.shard_map(local, in_specs=inputs, out_specs=whole, check_vma=False)(q, k, v, segment_ids)
     return jax.reshard(out, spec('batch', 'sequence', 'heads', None))
 
 

@@ -1,7 +1,7 @@
-"""Chunked attention in plain XLA: exact, O(T) memory, own gradient (the blockwise softmax of FlashAttention-2, Dao 2023).
+"""Chunked attention in plain XLA: exact, O(T) memory, own gradient (blockwise softmax of FlashAttention-2, Dao 2023).
 
-Runs on local arrays (inside shard_map), so loop bounds may depend on the data: block pairs in which no segments meet are never computed,
-and a packed row costs what its documents cost.
+Runs on local arrays (inside shard_map), so loop bounds may depend on data: a block of queries starts at the first
+block of keys that may share a segment with it, so a packed row costs what its documents cost and padding costs nothing.
 
 Letters besides the model's: G query heads a kv head, C positions a block, Q / S positions of a query / key block, I blocks.
 """
@@ -16,9 +16,9 @@ NEGATIVE = -1e30  # finite: exp(NEGATIVE - NEGATIVE) must not be NaN in rows tha
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, block: int) -> jax.Array:
-    """q [B, T, N, H], k, v [B, T, K, H], segment_ids [B, T] -> [B, T, N, H]. Rows of at most one block take one dense step."""
+    """q [B, T, N, H], k, v [B, T, K, H], segment_ids [B, T] -> [B, T, N, H]. Rows of one block take one dense step."""
     T = q.shape[1]
-    if T <= block:
+    if block >= T:
         return _dense(q, k, v, segment_ids)
     pad = -T % block
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
@@ -32,7 +32,8 @@ def _dense(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> 
     scores = jnp.einsum('BQKGH,BSKH->BKGQS', q, k, preferred_element_type=jnp.float32) * H**-0.5
     visible = _visible(segment_ids, segment_ids, 0, 0)[:, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1) * visible
-    return jnp.einsum('BKGQS,BSKH->BQKGH', weights.astype(v.dtype), v).reshape(B, T, N, H)
+    out = jnp.einsum('BKGQS,BSKH->BQKGH', weights.astype(v.dtype), v).reshape(B, T, N, H)
+    return checkpoint_name(out, 'attention')
 
 
 def _visible(query_segments: jax.Array, key_segments: jax.Array, query_start, key_start) -> jax.Array:
@@ -61,14 +62,14 @@ def _rows(x: jax.Array) -> jax.Array:
 
 
 def _meeting(segments: jax.Array) -> jax.Array:
-    """Whether blocks i and j can share a segment, bool [I, I], from segments [I, B, C]; conservative (ranges of ids overlap in some row)."""
+    """Whether blocks i and j may share a segment, bool [I, I]: ranges of ids in segments [I, B, C] overlap in a row."""
     high = segments.max(-1)
     low = jnp.where(segments > 0, segments, jnp.iinfo(jnp.int32).max).min(-1)
     return ((low[:, None] <= high[None, :]) & (low[None, :] <= high[:, None])).any(-1)
 
 
 def _split(q, k, v, segment_ids, block):
-    B, T, N, H = q.shape
+    B, T, _, H = q.shape
     query_blocks = _blocks(q.reshape(B, T, k.shape[2], -1, H), block)
     segments = jnp.moveaxis(segment_ids.reshape(B, -1, block), 1, 0)
     return query_blocks, _blocks(k, block), _blocks(v, block), segments, H**-0.5
@@ -78,7 +79,9 @@ def _forward(q, k, v, segment_ids, block):
     """Output [B, T, N, H] and log-sum-exp of scores [I, B, K, G, C] in float32."""
     qs, ks, vs, segments, scale = _split(q, k, v, segment_ids, block)
     count = len(ks)
-    first = jnp.argmax(_meeting(segments), axis=1)  # index of the first key block that may meet query block i
+    meeting = _meeting(segments)
+    # First key block that query block i may meet: at most i, but a block of padding meets none, itself included.
+    first = jnp.where(meeting.any(1), jnp.argmax(meeting, axis=1), count)
 
     def query_block(_, inputs):
         i, q_i, segments_i = inputs
@@ -116,7 +119,9 @@ def _backward(block, residuals, d_out):
     count, shape = len(ks), (*q.shape[:2], k.shape[2], -1, q.shape[3])
     d_outs = _blocks(d_out.reshape(shape), block)
     inner = jnp.sum(d_outs.astype(jnp.float32) * _blocks(out.reshape(shape), block).astype(jnp.float32), axis=-1)
-    last = count - 1 - jnp.argmax(_meeting(segments)[:, ::-1], axis=1)  # last query block that may meet key block j
+    meeting = _meeting(segments)
+    # Last query block that key block j may meet; none for a block of padding.
+    last = jnp.where(meeting.any(1), count - 1 - jnp.argmax(meeting[:, ::-1], axis=1), -1)
 
     def key_block(d_qs, inputs):
         j, k_j, v_j, segments_j = inputs
@@ -128,17 +133,18 @@ def _backward(block, residuals, d_out):
             weights = jnp.where(visible, jnp.exp(scores - lse[i][..., None]), 0.0)
             d_weights = jnp.einsum('BKGQH,BKSH->BKGQS', d_outs[i], v_j, preferred_element_type=jnp.float32)
             d_scores = (weights * (d_weights - inner[i][..., None]) * scale).astype(q.dtype)
-            d_v += jnp.einsum('BKGQS,BKGQH->BKSH', weights.astype(q.dtype), d_outs[i], preferred_element_type=jnp.float32)
+            weights = weights.astype(q.dtype)
+            d_v += jnp.einsum('BKGQS,BKGQH->BKSH', weights, d_outs[i], preferred_element_type=jnp.float32)
             d_k += jnp.einsum('BKGQS,BKGQH->BKSH', d_scores, qs[i], preferred_element_type=jnp.float32)
             d_q = jnp.einsum('BKGQS,BKSH->BKGQH', d_scores, k_j, preferred_element_type=jnp.float32)
             return d_qs.at[i].add(d_q), d_k, d_v
 
         zeros = jnp.zeros(k_j.shape, jnp.float32)
-        # A padding block meets nothing, itself included: argmax over all-False rows must not open a loop backwards.
-        d_qs, d_k, d_v = jax.lax.fori_loop(j, jnp.maximum(last[j], j) + 1, query_block, (d_qs, zeros, zeros))
+        d_qs, d_k, d_v = jax.lax.fori_loop(j, last[j] + 1, query_block, (d_qs, zeros, zeros))
         return d_qs, (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
-    d_qs, (d_ks, d_vs) = jax.lax.scan(key_block, jnp.zeros(qs.shape, jnp.float32), (jnp.arange(count), ks, vs, segments))
+    blocks = (jnp.arange(count), ks, vs, segments)
+    d_qs, (d_ks, d_vs) = jax.lax.scan(key_block, jnp.zeros(qs.shape, jnp.float32), blocks)
     return _rows(d_qs).reshape(q.shape).astype(q.dtype), _rows(d_ks), _rows(d_vs), None
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from qedjax.model.attention import attend_cache, attend_packed
 from qedjax.model.cache import KVCache
@@ -135,7 +134,7 @@ class Transformer(nnx.Module):
         cfg, angles = self.cfg, self._angles(positions)
 
         def attend(q, k, v):
-            return checkpoint_name(attend_packed(q, k, v, segment_ids, cfg), 'attention'), None
+            return attend_packed(q, k, v, segment_ids, cfg), None
 
         def body(x, layer):
             return layer(x, angles, attend)
