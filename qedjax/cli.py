@@ -1,12 +1,15 @@
 """What every command shares: errors that a user can mend end with one sentence and exit code 2, all others with their traceback."""
 
 import logging as stdlib_logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, logging
 
 from qedjax.checkpoint.manager import CheckpointError
+
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # that torch is not installed: nothing here needs it
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
