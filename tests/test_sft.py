@@ -86,14 +86,18 @@ def test_a_resume_is_exact_to_the_bit(data, finished, tmp_path, monkeypatch, at)
     assert [row['step'] for row in rows(tmp_path) if 'loss' in row] == [row['step'] for row in rows(finished[0]) if 'loss' in row]
 
 
-def test_a_resume_on_other_devices_goes_on_alike(data, finished, tmp_path, monkeypatch):
+def test_a_resume_on_other_devices_goes_on_alike(data, tmp_path, monkeypatch):
+    """On 8 devices up to a kill, then on 4 in another layout: sums are rounded in another order, and nothing else differs."""
     cfg = get_config(str(data))
+    cfg = dataclasses.replace(cfg, mesh=MESH, optimizer=dataclasses.replace(cfg.optimizer, learning_rate=3e-4))
+    want = jax.tree.map(np.asarray, train(cfg, str(tmp_path / 'whole')).model)
     monkeypatch.setattr(metrics.Progress, 'update', lambda self, step, *args, **kwargs: _stop(step == 5))
     with pytest.raises(Killed):
-        train(dataclasses.replace(cfg, mesh=MESH), str(tmp_path))
+        train(cfg, str(tmp_path / 'killed'))
     monkeypatch.undo()
-    state = train(dataclasses.replace(cfg, mesh=MeshConfig(fsdp=2, context=2)), str(tmp_path), devices=jax.devices()[:4])
-    assert_equal_states(jax.tree.leaves(state.model), jax.tree.leaves(finished[1].model), atol=2e-5)
+    cfg = dataclasses.replace(cfg, mesh=MeshConfig(fsdp=2, context=2))
+    state = train(cfg, str(tmp_path / 'killed'), devices=jax.devices()[:4])
+    assert_equal_states(jax.tree.leaves(state.model), jax.tree.leaves(want), atol=1e-6)
 
 
 def _stop(now):

@@ -48,7 +48,7 @@ class ModelConfig:
       tie_embeddings: the LM head is the embedding.
       rope_theta, rope_scaling: rotary base and scaling.
       norm_eps: epsilon of every RMSNorm.
-      max_positions: longest row that the model is meant for; inputs beyond it are refused.
+      max_positions: longest row that the model is meant for; SFT and the sampler refuse longer ones.
       init_std: standard deviation of fresh weights.
       param_dtype: dtype of the parameters ('float32' masters or 'bfloat16').
       dtype: dtype of activations and matrix products; products of the LM head always accumulate in float32.
@@ -78,7 +78,7 @@ class ModelConfig:
     param_dtype: str = 'float32'
     dtype: str = 'bfloat16'
     attention: str = 'xla'
-    attention_block: int = 512
+    attention_block: int = 256
     remat: str = 'full'
 
     @property

@@ -70,7 +70,7 @@ class Attention(nnx.Module):
             return y if bias is None else y + bias[...].astype(dtype)
 
         q, k, v = project(self.wq, self.bq), project(self.wk, self.bk), project(self.wv, self.bv)
-        if cfg.qk_norm:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, cfg.norm_eps), rms_norm(k, self.k_norm, cfg.norm_eps)
         out, state = attend(apply_rope(q, angles), apply_rope(k, angles), v)
         out = jnp.einsum('BTNH,NHD->BTD', out, self.wo[...].astype(dtype), out_sharding=spec('batch', 'sequence', None))
