@@ -1,9 +1,13 @@
-"""What every command shares: errors that a user can mend end with one sentence and exit code 2, all others with their traceback."""
+"""What every command shares: errors that a user can mend end with one sentence and exit code 2, all others with their traceback.
+
+Ctrl-C ends with one sentence and 130, as shells have it, once a checkpoint that is being written is on disk.
+"""
 
 import logging as stdlib_logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, logging
 
@@ -22,13 +26,26 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
         except (ValueError, CheckpointError, OSError, FloatingPointError) as error:
             logging.debug('traceback of the error below', exc_info=True)
-            print(f'error: {error}', file=sys.stderr)
-            sys.exit(2)
+            _end(error, 2)
+        except KeyboardInterrupt:
+            _end('interrupted; the same command again goes on from what is on disk', 130)
 
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_ours)
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except KeyError as error:  # --config.NAME of a field that the config has not; all else absl reports itself
+        _end(error.args[0], 2)
+
+
+def _end(error: object, code: int) -> NoReturn:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(code)
 
 
 def _ours(record: stdlib_logging.LogRecord) -> bool:

@@ -62,10 +62,11 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f'mesh sizes must be positive, with at most one -1: {cfg}')
     known = math.prod(size for size in sizes if size != -1)
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        needed = f'a multiple of {known}' if -1 in sizes else known
+        raise ValueError(f'mesh {dict(zip(TRAIN_AXES, sizes, strict=True))} needs {needed} devices, but there are '
+                         f'{len(devices)}; change its sizes so that their product is {len(devices)}')
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if math.prod(sizes) != len(devices):
-        raise ValueError(f'mesh {dict(zip(TRAIN_AXES, sizes, strict=True))} needs {math.prod(sizes)} devices, but there are '
-                         f'{len(devices)}; set config.mesh so that its product is {len(devices)}')
     return _explicit_mesh(sizes, TRAIN_AXES, devices)
 
 

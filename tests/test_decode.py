@@ -126,7 +126,10 @@ def test_frequencies_match_the_distribution():
     ([1] * 4000, SamplingParams(max_tokens=97), '4000 tokens and asks for 97 more, but the model has 4096 positions'),
     ([1], SamplingParams(max_tokens=0), 'max_tokens must be positive'),
     ([1], SamplingParams(seed=2**32), 'seed in'),
-    ([1], SamplingParams(temperature=-1.0), 'temperature at least 0')])
+    ([1], SamplingParams(temperature=-1.0), 'temperature must be 0'),
+    ([1], SamplingParams(temperature=float('nan')), 'temperature must be 0'),
+    ([1], SamplingParams(temperature=1e-40), 'temperature must be 0'),
+    ([1], SamplingParams(temperature=float('inf')), 'temperature must be 0')])
 def test_requests_that_cannot_be_served_are_refused(model, prompt, params, message):
     with pytest.raises(ValueError, match=message):
         generate(model, [prompt], [params], num_valid=NUM_VALID)

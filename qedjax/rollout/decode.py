@@ -6,19 +6,23 @@ compiled shapes does not grow with traffic.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from qedjax.model.cache import KVCache
+from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
 from qedjax.rollout.sampling import sample, token_keys
 from qedjax.sharding import axis_size, spec
 from qedjax.types import SamplingParams
 
 BUCKET = 64  # prompt lengths are padded to BUCKET times a power of two
+MIN_TEMPERATURE = 1e-3  # far below it, logits / temperature overflow: a NaN, which arg-max would take for the best
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +58,15 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], params: Seque
       prompts: token ids of each prompt.
       params: sampling parameters of each prompt.
       num_valid: ids that the tokenizer can decode.
-      batch: rows decoded together; a multiple of the mesh's data shards.
+      batch: rows decoded together, rounded up to a multiple of the mesh's data shards.
       samples: sample index of each prompt (default 0): samples of one prompt with one seed differ by it.
       progress: called with the number of finished prompts.
 
-    Returns: (ids, logprobs, finish_reason) a prompt, in order. Raises ValueError for an empty prompt, or one that does not fit the model.
+    Returns: (ids, logprobs, finish_reason) a prompt, in order. Raises ValueError as `check`, and under a mesh with a context axis.
     """
-    _check(model, prompts, params, num_valid)
+    if axis_size('sequence') != 1:
+        raise ValueError('decoding has one position at a time, which a context axis cannot split; use sharding.without_context(mesh)')
+    check(model.cfg, prompts, params, num_valid, batch)
     batch = -(-batch // axis_size('batch')) * axis_size('batch')
     samples = [0] * len(prompts) if samples is None else samples
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), params[i].max_tokens))
@@ -73,19 +79,22 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], params: Seque
     return results
 
 
-def _check(model, prompts, params, num_valid) -> None:
-    if axis_size('sequence') != 1:
-        raise ValueError('decoding has one position at a time, which a context axis cannot split; use sharding.without_context(mesh)')
-    if not 0 < num_valid <= model.cfg.vocab_size:
-        raise ValueError(f'the tokenizer has {num_valid} ids, but the model has only {model.cfg.vocab_size} rows')
+def check(cfg: ModelConfig, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], num_valid: int, batch: int = 1) -> None:
+    """Raises ValueError, in one sentence, for requests that a model of this config cannot serve; needs no weights and no mesh."""
+    if batch < 1:
+        raise ValueError(f'batch must be at least 1, not {batch}')
+    if not 0 < num_valid <= cfg.vocab_size:
+        raise ValueError(f'the tokenizer has {num_valid} ids, but the model has only {cfg.vocab_size} rows')
     for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
         if not prompt:
             raise ValueError(f'prompt {i} is empty: give it at least one token')
-        if p.max_tokens < 1 or p.temperature < 0 or not 0 <= p.seed < 2**32:
-            raise ValueError(f'prompt {i}: max_tokens must be positive, temperature at least 0 and seed in [0, 2^32): {p}')
-        if len(prompt) + p.max_tokens > model.cfg.max_positions:
+        if p.max_tokens < 1 or not 0 <= p.seed < 2**32:
+            raise ValueError(f'prompt {i}: max_tokens must be positive and seed in [0, 2^32): {p}')
+        if p.temperature and not MIN_TEMPERATURE <= p.temperature < math.inf:  # NaN too
+            raise ValueError(f'prompt {i}: temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {p.temperature}')
+        if len(prompt) + p.max_tokens > cfg.max_positions:
             raise ValueError(f'prompt {i} has {len(prompt)} tokens and asks for {p.max_tokens} more, but the model has '
-                             f'{model.cfg.max_positions} positions')
+                             f'{cfg.max_positions} positions')
 
 
 def _bucket(length: int) -> int:
@@ -155,4 +164,5 @@ def _complete(model: Transformer, tokens: jax.Array, lengths: jax.Array, request
         return dataclasses.replace(loop, hidden=hidden[:, 0], cache=cache)
 
     loop = jax.lax.while_loop(lambda loop: loop.active.any(), body, loop)
-    return loop.count, loop.ids, loop.logprobs
+    # Whole on every device: each process can then read it, whichever rows its own devices hold.
+    return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), (loop.count, loop.ids, loop.logprobs))
