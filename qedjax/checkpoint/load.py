@@ -87,11 +87,16 @@ def read_generation_config(path: str | os.PathLike) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def copy_tokenizer(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
-    """Copies all files but weights into workdir/hf_files: the run can then be served and exported on its own."""
+def copy_tokenizer(source: str | os.PathLike, workdir: str | os.PathLike, anew: bool = False) -> None:
+    """Copies all files but weights into workdir/hf_files: the run can then be served and exported on its own.
+
+    A run keeps the files that it began with; `anew` replaces those of another run, whose checkpoints are gone.
+    """
     target = pathlib.Path(workdir) / HF_FILES
-    if jax.process_index() == 0 and not target.exists():
+    if jax.process_index() == 0 and (anew or not target.exists()):
         partial = target.with_name(f'.{HF_FILES}.incomplete')  # a kill must not leave half of them to be taken for all
         shutil.rmtree(partial, ignore_errors=True)
         copy_other_files(tokenizer_folder(source), partial)
+        if target.exists():
+            shutil.rmtree(target)
         partial.rename(target)

@@ -5,6 +5,7 @@ Rounded up or down at random, in proportion, they move right on average (Gupta e
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,8 +49,15 @@ def validate(cfg: OptimizerConfig) -> None:
     for field, choices in (('name', OPTIMIZERS), ('schedule', SCHEDULES)):
         if getattr(cfg, field) not in choices:
             raise ValueError(f'optimizer.{field} is {getattr(cfg, field)!r}; choose one of {", ".join(choices)}')
-    if not (cfg.learning_rate >= 0 and 0 <= cfg.warmup_fraction <= 1 and cfg.clip_norm >= 0):
-        raise ValueError(f'optimizer needs learning_rate >= 0, 0 <= warmup_fraction <= 1 and clip_norm >= 0: {cfg}')
+    for name, most in (('learning_rate', math.inf), ('warmup_fraction', 1), ('final_fraction', math.inf),
+                       ('weight_decay', math.inf), ('clip_norm', math.inf)):
+        if not (0 <= getattr(cfg, name) <= most and math.isfinite(getattr(cfg, name))):
+            raise ValueError(f'optimizer.{name} is {getattr(cfg, name)}; it must be a number from 0 to {most}')
+    for name in ('b1', 'b2'):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f'optimizer.{name} is {getattr(cfg, name)}; it must be at least 0 and below 1')
+    if not 0 < cfg.eps < 1:
+        raise ValueError(f'optimizer.eps is {cfg.eps}; it must be between 0 and 1, since parameters without a gradient would become 0 / 0')
 
 
 def make_schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:

@@ -6,6 +6,7 @@ wrong with a flag, a path or a row is therefore said before anything is compiled
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from qedjax.checkpoint.load import copy_tokenizer, load_model, load_tokenizer, resolve_config
+from qedjax.checkpoint.load import copy_tokenizer, load_model, load_tokenizer, read_generation_config, resolve_config
 from qedjax.checkpoint.manager import Checkpointer
 from qedjax.data.chat import encode_row, num_valid_ids, stop_ids
 from qedjax.data.loader import Loader
@@ -21,7 +22,7 @@ from qedjax.data.sources import CHAT, PAIR, Source, read_rows
 from qedjax.metrics import MetricWriter, Progress, mfu, write_run_files
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
-from qedjax.rollout.decode import generate
+from qedjax.rollout.decode import MIN_TEMPERATURE, generate
 from qedjax.sharding import MeshConfig, abstract, create, make_mesh, move, without_context
 from qedjax.train import optimizer as optimizers
 from qedjax.train.losses import next_token_loss
@@ -104,6 +105,17 @@ def validate(cfg: SFTConfig) -> None:
         raise ValueError(f'set steps or epochs to a positive number, not steps={cfg.steps}, epochs={cfg.epochs}')
     if cfg.turns not in ('all', 'last') or cfg.format not in FORMATS:
         raise ValueError(f"turns is {cfg.turns!r} and format {cfg.format!r}; choose 'all' or 'last', and 'chat' or 'pair'")
+    if not 0 <= cfg.seed < 2**32:
+        raise ValueError(f'seed must be in [0, 2^32), not {cfg.seed}')
+    for name, least in (('save_every', 0), ('evaluate_every', 0), ('keep', 1), ('keep_every', 0), ('max_skipped', 1)):
+        if getattr(cfg, name) < least:
+            raise ValueError(f'{name} must be at least {least}, not {getattr(cfg, name)}')
+    monitor = cfg.monitor
+    sound = monitor.temperature == 0 or MIN_TEMPERATURE <= monitor.temperature < math.inf
+    if monitor.prompts and not (sound and min(monitor.prompts, monitor.max_tokens, monitor.ngram) > 0):
+        raise ValueError(f'monitor needs positive prompts, max_tokens and ngram, and temperature 0 or >= {MIN_TEMPERATURE}: {monitor}')
+    if monitor.prompts and not cfg.evaluation.path:
+        raise ValueError('the monitor samples from held-out prompts: set --config.evaluation.path, or --config.monitor.prompts=0')
 
 
 def train(cfg: SFTConfig, workdir: str, *, mode: str = 'resume', devices: list[jax.Device] | None = None) -> TrainState:
@@ -118,11 +130,13 @@ def train(cfg: SFTConfig, workdir: str, *, mode: str = 'resume', devices: list[j
     Raises ValueError for a config, data or checkpoint that does not fit; FloatingPointError after `max_skipped` bad steps in a row.
     """
     validate(cfg)
+    if cfg.init and pathlib.Path(workdir).resolve() in (init := pathlib.Path(cfg.init).resolve(), *init.parents):
+        raise ValueError(f'init={cfg.init} lies in the workdir, whose checkpoints this run would replace; name another --workdir')
     run = _Run(cfg, pathlib.Path(workdir), devices)
     fingerprint = {'data': run.loader.fingerprint, 'model': dataclasses.asdict(run.model_config), 'steps': run.steps,
                    'optimizer': dataclasses.asdict(cfg.optimizer), 'seed': cfg.seed}
     with Checkpointer(run.workdir / 'checkpoints', fingerprint, mode=mode, keep=cfg.keep, keep_every=cfg.keep_every) as checkpoints:
-        copy_tokenizer(cfg.tokenizer or cfg.init, run.workdir)
+        copy_tokenizer(cfg.tokenizer or cfg.init, run.workdir, anew=checkpoints.latest_complete() is None)
         write_run_files(run.workdir, dataclasses.replace(cfg, model=run.model_config))
         with jax.set_mesh(run.mesh):
             return run.loop(checkpoints)
@@ -143,12 +157,19 @@ class _Run:
         _check_rows(cfg, self.mesh)
         self.loader = self._load(cfg.train)
         self.eval_loader = self._load(cfg.evaluation) if cfg.evaluation.path else None
+        self.requests = self._requests() if cfg.monitor.prompts else []
         self.steps = cfg.steps or cfg.epochs * self.loader.steps_per_epoch
         self.tx = make_optimizer(cfg.optimizer, self.steps)
         loss = functools.partial(next_token_loss, num_valid=self.num_valid)
         self.train_step = make_train_step(loss, self.tx, cfg.optimizer.clip_norm, cfg.seed)
         self.eval_step = make_eval_step(loss)
         self.schedule = make_schedule(cfg.optimizer, self.steps)
+        self.target = abstract(self._fresh, self.mesh)
+        with jax.set_mesh(self.mesh):  # traced before the workdir is touched: a mesh that this model cannot use is named here
+            jax.eval_shape(self.train_step, self.target, place_batch(self.loader.fetch(0), self.mesh, cfg.accumulation))
+
+    def _fresh(self) -> TrainState:
+        return init_state(Transformer(self.model_config, jax.random.key(self.cfg.seed)), self.tx)
 
     def _load(self, source: Source) -> Loader:
         rows, report = read_rows(source, FORMATS[self.cfg.format])
@@ -158,6 +179,18 @@ class _Run:
         loader = Loader(examples, row_length=self.cfg.row_length, batch=self.cfg.batch_size, seed=self.cfg.seed, max_documents=most)
         logging.info('%s: %s; %s', source.path, report, loader.report)
         return loader
+
+    def _requests(self) -> list[tuple[tuple[int, ...], SamplingParams]]:
+        """What the monitor samples: those of the first held-out prompts that leave room for an answer, all with one seed."""
+        monitor, source = self.cfg.monitor, self.cfg.tokenizer or self.cfg.init
+        stops = stop_ids(self.tokenizer, read_generation_config(source))
+        params = SamplingParams(monitor.temperature, monitor.max_tokens, self.cfg.seed, stops)
+        room = self.model_config.max_positions - monitor.max_tokens
+        requests = [(prompt, params) for prompt in self.eval_loader.prompts(monitor.prompts) if len(prompt) <= room]
+        if not requests:
+            raise ValueError(f'monitor.max_tokens={monitor.max_tokens} leaves no room for a held-out prompt in the '
+                             f"model's {self.model_config.max_positions} positions; lower it")
+        return requests
 
     def loop(self, checkpoints: Checkpointer) -> TrainState:
         state, start = self._start(checkpoints)
@@ -176,14 +209,11 @@ class _Run:
         return state
 
     def _start(self, checkpoints: Checkpointer) -> tuple[TrainState, int]:
-        def fresh():
-            return init_state(Transformer(self.model_config, jax.random.key(self.cfg.seed)), self.tx)
-
         if checkpoints.latest_complete() is not None:
-            state, _, step = checkpoints.restore(abstract(fresh, self.mesh))
+            state, _, step = checkpoints.restore(self.target)
             return state, step
         if not self.cfg.init:
-            return create(fresh, self.mesh), 0
+            return create(self._fresh, self.mesh), 0
         model = load_model(self.cfg.init, self.mesh, self.model_config)
         return jax.jit(init_state, static_argnums=1, donate_argnums=0)(model, self.tx), 0
 
@@ -197,7 +227,8 @@ class _Run:
             flops = self.model_config.flops_per_token(self.cfg.row_length) * rates['tokens_per_second'] / self.mesh.size
             share = mfu(flops, self.mesh.devices.flat[0])
             rates |= {'mfu': share} if share else {}
-        writer.write(step, values | rates | {'learning_rate': float(self.schedule(step - 1))})
+        updates = step - int(values['skipped'])  # a skipped step moves the data on, but not the schedule
+        writer.write(step, values | rates | {'learning_rate': float(self.schedule(max(updates - 1, 0)))})
         if values['skipped_in_a_row'] >= self.cfg.max_skipped:
             raise FloatingPointError(f'loss or gradient was not finite in {self.cfg.max_skipped} steps in a row, up to step {step}; the '
                                      'checkpoints before them are sound: lower the learning rate or look at the data')
@@ -208,8 +239,8 @@ class _Run:
         if self.eval_loader and self._due(step, self.cfg.evaluate_every):
             metrics = self.evaluate(state.model, self.eval_loader)
             metric = metrics['eval/loss']
-            if self.cfg.monitor.prompts:
-                metrics |= self.monitor(state.model, self.eval_loader)
+            if self.requests:
+                metrics |= self.monitor(state.model)
             writer.write(step, metrics)
             logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})
         if self._due(step, self.cfg.save_every):
@@ -225,19 +256,16 @@ class _Run:
         weight = totals.pop('weight')
         return {f'eval/{name}': value / weight for name, value in totals.items()}
 
-    def monitor(self, model: Transformer, loader: Loader) -> dict[str, float]:
+    def monitor(self, model: Transformer) -> dict[str, float]:
         """Mean length, share cut by the budget and share of repeated n-grams of samples from held-out prompts."""
-        monitor = self.cfg.monitor
-        prompts = [p for p in loader.prompts(monitor.prompts) if len(p) + monitor.max_tokens <= self.model_config.max_positions]
-        stops = stop_ids(self.tokenizer)
-        params = [SamplingParams(monitor.temperature, monitor.max_tokens, self.cfg.seed, stops) for _ in prompts]
+        prompts, params = zip(*self.requests, strict=True)
         mesh = without_context(self.mesh)
         with jax.set_mesh(mesh):
             results = generate(move(model, mesh), prompts, params, num_valid=self.num_valid, samples=range(len(prompts)))
         return {
             'monitor/tokens': float(np.mean([len(ids) for ids, _, _ in results])),
             'monitor/truncated': float(np.mean([reason == 'length' for _, _, reason in results])),
-            'monitor/repetition': float(np.mean([repetition(ids, monitor.ngram) for ids, _, _ in results])),
+            'monitor/repetition': float(np.mean([repetition(ids, self.cfg.monitor.ngram) for ids, _, _ in results])),
         }
 
 
