@@ -81,6 +81,8 @@ def run(cfg: QuickstartConfig, workdir: str | pathlib.Path) -> dict[str, dict[st
     data, sft, export = workdir / 'data', workdir / 'sft', workdir / 'export'
     if export.exists():
         raise ValueError(f'{workdir} holds a finished quickstart; delete it or name another --workdir')
+    if cfg.problems < 2:
+        raise ValueError(f'problems={cfg.problems} are too few for an interval; grade at least 2')
     logging.info('1/4 data: %d proofs by a teacher that slips in %.0f%% of its lines', cfg.documents, 100 * cfg.slip)
     write_data(cfg, data)
     logging.info('2/4 SFT from random weights')
@@ -91,6 +93,7 @@ def run(cfg: QuickstartConfig, workdir: str | pathlib.Path) -> dict[str, dict[st
     model = load_model(sft, mesh, saved_config(sft))
     sampler = sample_proofs(model, load_tokenizer(sft), mesh, cfg.max_tokens, cfg.seed)
     scores: dict[str, dict[str, Score]] = {'teacher': {}, 'SFT': {}}
+    (workdir / 'samples.jsonl').unlink(missing_ok=True)  # of a run that was interrupted here
     for kind, (low, high) in KINDS.items():
         chosen = problems(cfg.seed, 'held_out', cfg.problems, low, high)
         rng = np.random.default_rng(cfg.seed)
