@@ -1,6 +1,6 @@
 """SFT of Qwen3-4B-Thinking-2507 on FineProofs-SFT: the first stage of QED-Nano (arXiv 2604.04898).
 
-python launch/sft.py --config=configs/qed_nano_sft.py:Qwen3-4B-Thinking-2507 --workdir=/mnt/shared/sft
+python launch/sft.py --config=configs/qed_nano_sft.py:Qwen3-4B-Thinking-2507 --workdir=/mnt/shared/sft --distributed
 
 The argument is the local Hugging Face folder of the base model; the workdir is on a disk that every host sees. One percent of the rows is
 held out for the evaluation of each epoch. Reference settings: 620 steps (5 epochs) of about 32 documents, learning rate
