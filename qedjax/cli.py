@@ -28,7 +28,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             logging.debug('traceback of the error below', exc_info=True)
             _end(error, 2)
         except KeyboardInterrupt:
-            _end('interrupted; the same command again goes on from what is on disk', 130)
+            _end('interrupted; a run started again goes on from its newest checkpoint', 130)
 
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
@@ -36,7 +36,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     app.run(guarded, flags_parser=_parse_flags)
 
 
-def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
+def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except KeyError as error:  # --config.NAME of a field that the config has not; all else absl reports itself

@@ -11,9 +11,9 @@ import pytest
 from configs.tiny_sft import get_config
 from qedjax.data.sources import Source
 from qedjax.sharding import MeshConfig
-from qedjax.testing import tiny_config, write_sums
+from qedjax.testing import tiny_config, tiny_tokenizer, write_sums
 from qedjax.train.optimizer import OptimizerConfig
-from qedjax.train.sft import MonitorConfig, train, validate
+from qedjax.train.sft import MonitorConfig, encode_rows, train, validate
 
 MESH = MeshConfig(fsdp=4, tensor=2)
 
@@ -97,6 +97,17 @@ def test_a_run_begun_anew_takes_its_own_tokenizer(data, tmp_path):
     shutil.rmtree(tmp_path / 'run' / 'checkpoints')
     train(dataclasses.replace(cfg, tokenizer=str(data / 'tokenizer')), str(tmp_path / 'run'), devices=jax.devices()[:1])
     assert not (files / 'generation_config.json').exists()
+
+
+@pytest.mark.parametrize(('turns', 'dropped'), [('last', len('first thought')), ('all', 0)])
+def test_reasoning_that_is_not_trained_is_counted(caplog, turns, dropped):
+    question = [{'role': 'user', 'content': 'q'}]
+    answers = [{'role': 'assistant', 'content': 'a', 'reasoning_content': text} for text in ('first thought', 'second')]
+    rows = [{'messages': [*question, answers[0], *question, answers[1]]}, {'messages': [*question, answers[0]]}]
+    with caplog.at_level('WARNING'):
+        list(encode_rows(rows, tiny_tokenizer(), turns, Source('chats.jsonl')))
+    assert (f'leaves {dropped} characters' in caplog.text) == bool(dropped)
+    assert bool(caplog.text) == bool(dropped)
 
 
 def test_the_logged_learning_rate_is_the_one_applied(data, tmp_path, monkeypatch):

@@ -385,7 +385,7 @@ def _difference(old, new, name: str = 'fingerprint') -> str | None:
 
 
 def _listed(skipped: Mapping[str, str]) -> str:
-    return ''.join(f'; {name}: {reason}' for name, reason in skipped.items())
+    return ''.join(f'; {name}: {reason}' for name, reason in skipped.items() if reason != 'not a step')
 
 
 @contextlib.contextmanager

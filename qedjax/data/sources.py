@@ -69,6 +69,9 @@ class RowReport:
     bad: dict[str, int]
     first: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return f'{self.good} good rows' + ''.join(f', {count} bad ({reason})' for reason, count in self.bad.items())
+
 
 def read_rows(source: Source, schema: tuple[Field, ...]) -> tuple[list[dict], RowReport]:
     """Rows that hold the schema's fields and nothing else (an optional field that is absent or null is left out).

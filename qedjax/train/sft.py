@@ -16,7 +16,7 @@ from absl import logging
 
 from qedjax.checkpoint.load import copy_tokenizer, load_model, load_tokenizer, read_generation_config, resolve_config
 from qedjax.checkpoint.manager import Checkpointer
-from qedjax.data.chat import encode_row, num_valid_ids, stop_ids
+from qedjax.data.chat import dropped_reasoning, encode_row, num_valid_ids, stop_ids
 from qedjax.data.loader import Loader
 from qedjax.data.sources import CHAT, PAIR, Source, read_rows
 from qedjax.metrics import MetricWriter, Progress, mfu, write_run_files
@@ -157,7 +157,7 @@ class _Run:
         _check_rows(cfg, self.mesh)
         self.loader = self._load(cfg.train)
         self.eval_loader = self._load(cfg.evaluation) if cfg.evaluation.path else None
-        self.requests = self._requests() if cfg.monitor.prompts else []
+        self.requests = self._requests(self.eval_loader) if self.eval_loader and cfg.monitor.prompts else []
         self.steps = cfg.steps or cfg.epochs * self.loader.steps_per_epoch
         self.tx = make_optimizer(cfg.optimizer, self.steps)
         loss = functools.partial(next_token_loss, num_valid=self.num_valid)
@@ -180,13 +180,13 @@ class _Run:
         logging.info('%s: %s; %s', source.path, report, loader.report)
         return loader
 
-    def _requests(self) -> list[tuple[tuple[int, ...], SamplingParams]]:
+    def _requests(self, loader: Loader) -> list[tuple[tuple[int, ...], SamplingParams]]:
         """What the monitor samples: those of the first held-out prompts that leave room for an answer, all with one seed."""
         monitor, source = self.cfg.monitor, self.cfg.tokenizer or self.cfg.init
         stops = stop_ids(self.tokenizer, read_generation_config(source))
         params = SamplingParams(monitor.temperature, monitor.max_tokens, self.cfg.seed, stops)
         room = self.model_config.max_positions - monitor.max_tokens
-        requests = [(prompt, params) for prompt in self.eval_loader.prompts(monitor.prompts) if len(prompt) <= room]
+        requests = [(prompt, params) for prompt in loader.prompts(monitor.prompts) if len(prompt) <= room]
         if not requests:
             raise ValueError(f'monitor.max_tokens={monitor.max_tokens} leaves no room for a held-out prompt in the '
                              f"model's {self.model_config.max_positions} positions; lower it")
@@ -194,6 +194,8 @@ class _Run:
 
     def loop(self, checkpoints: Checkpointer) -> TrainState:
         state, start = self._start(checkpoints)
+        if start == self.steps:
+            logging.info('%s: all %d steps are done', self.workdir, start)
         progress = Progress('sft', self.steps)
         with MetricWriter(self.workdir, start) as writer:
             pending = None  # metrics are read one step late, so that the host never waits for the step that it has just started
@@ -271,12 +273,18 @@ class _Run:
 
 def encode_rows(rows: list[dict], tokenizer, turns: str, source: Source) -> Iterator[Example]:
     """Examples of all rows. Rows that cannot be trained on are reported, and an error above source.max_bad_share."""
-    bad = []
+    bad, dropped = [], 0
     for number, row in enumerate(rows, 1):
         try:
             yield from encode_row(row, tokenizer, turns)
         except ValueError as error:
             bad.append(f'good row {number}: {error}')
+            continue
+        replies = [i for i, message in enumerate(row.get('messages', ())) if message['role'] == 'assistant']
+        if turns == 'last' and len(replies) > 1:
+            dropped += dropped_reasoning(tokenizer, row['messages'][: replies[-1]])
+    if dropped:
+        logging.warning('%s: the chat template leaves %d characters of earlier reasoning out; turns=all trains them', source.path, dropped)
     if bad:
         logging.warning('%s: %d of %d rows cannot be trained on, e.g. %s', source.path, len(bad), len(rows), '; '.join(bad[:3]))
     if len(bad) > source.max_bad_share * len(rows):
