@@ -29,13 +29,12 @@ def test_qed_nano_sft_is_the_recipe():
 
 
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # of ml_collections
-def test_nested_fields_are_overridden_by_flags(monkeypatch):
+def test_nested_fields_are_overridden_by_flags():
     from absl import flags
 
     values = flags.FlagValues()
     path = pathlib.Path(__file__).parents[1] / 'configs/tiny_sft.py'
-    config_flags.DEFINE_config_file('config', str(path), lock_config=True, flag_values=values)
-    argv = ['test', '--config.model.num_layers=3', '--config.optimizer.learning_rate=0.5', '--config.train.limit=7']
-    monkeypatch.setattr('sys.argv', argv)  # where config_flags looks for the fields that it must define
+    argv = ['test', f'--config={path}', '--config.model.num_layers=3', '--config.optimizer.learning_rate=0.5', '--config.train.limit=7']
+    config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
     values(argv)
     assert (values.config.model.num_layers, values.config.optimizer.learning_rate, values.config.train.limit) == (3, 0.5, 7)
