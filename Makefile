@@ -4,13 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Workers of the test run; each compiles on its own.
 JOBS ?= 2
-WORKDIR ?= runs/quickstart
 
 .PHONY: demo test test-fast test-all lint parity clean
 
 demo: $(VENV)/.installed
-	rm -rf $(WORKDIR)
-	$(BIN)/python launch/quickstart.py --workdir=$(WORKDIR)
+	rm -rf runs/quickstart
+	$(BIN)/python launch/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not real and not parity and not tpu_aot and not multiprocess"
