@@ -55,19 +55,37 @@ class TrainBatch:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How to sample one request.
+    """How to sample one request. There are no implicit defaults: nothing is read from a generation config.
 
     Attributes:
       temperature: 0 is greedy; otherwise logits are divided by it before the softmax.
-      max_tokens: most ids to produce, the stop id included.
-      seed: the stream depends on (seed, sample index, position) and on nothing else in the batch.
+      max_tokens: most ids to produce, the stop id included; None is what the context leaves.
+      seed: in [0, 2^32); the stream depends on (seed, sample, position in the completion) and on nothing else in the batch.
       stop_ids: ids that end the completion; the one sampled is kept as its last id.
+      stop: strings that end the completion; text is cut before the first, ids and log-probs are kept up to the id that completed it.
+      top_k: choose among the k most likely ids (ties of the k-th included); 0 is off.
+      top_p: choose among the fewest most likely ids whose share reaches p (ties of the last included); 1 is off.
+      min_p: choose among ids at least min_p times as likely as the most likely one; 0 is off.
+      min_tokens: no stop id is chosen before this many ids.
+      logit_bias: (id, bias) pairs, added to the logits before the choice.
+      sample: index of this request among the samples of one prompt, in [0, 2^32).
+      deadline: seconds from submission after which the request ends with what it has; None is never.
+
+    top_k, top_p, min_p, min_tokens and logit_bias bear on the choice alone: log-probs stay those of the whole distribution.
     """
 
     temperature: float = 1.0
-    max_tokens: int = 256
+    max_tokens: int | None = 256
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    sample: int = 0
+    deadline: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +93,21 @@ class Completion:
     """What a language model returned for one prompt.
 
     Attributes:
-      text: decoded `ids` without the stop token.
+      text: decoded `ids` without the stop id, cut before a stop string.
       ids: the sampled ids themselves.
       logprobs: of each sampled id under log-softmax(logits / temperature) over the decodable vocabulary (temperature 1 if greedy).
-      finish_reason: 'stop' (a stop id was sampled), 'length' (budget spent), 'error' (non-finite logits).
+      finish_reason: 'stop' (a stop id or string), 'length' (budget spent), 'deadline', 'cancelled', 'error' (non-finite logits).
+      prompt_ids: ids that the completion continues.
+      versions: (version of the weights, number of ids) runs that make up `ids`.
+      entropies: of the same distributions, in nats, where the endpoint was asked for them.
+      top_logprobs: for each id, the most likely (id, log-prob) pairs, where the endpoint was asked for them.
     """
 
     text: str
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+    prompt_ids: tuple[int, ...] = ()
+    versions: tuple[tuple[int, int], ...] = ()
+    entropies: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
