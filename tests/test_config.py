@@ -38,6 +38,7 @@ FIELDS = {
     'param_dtype': ('bfloat16', True),
     'dtype': ('bfloat16', True),
     'attention': ('splash', False),
+    'paged_attention': ('ragged', False),
     'attention_block': (8, False),
     'remat': ('full', False),
 }
@@ -113,6 +114,7 @@ def test_kinds_of_scaling_differ():
     ({'family': 'gpt'}, "model.family is 'gpt'; choose one of qwen3, qwen2, llama"),
     ({'remat': 'some'}, "model.remat is 'some'; choose one of none, dots, attention, full"),
     ({'attention': 'flash'}, "model.attention is 'flash'; choose one of xla, splash, cudnn"),
+    ({'paged_attention': 'splash'}, "model.paged_attention is 'splash'; choose one of xla, ragged"),
     ({'dtype': 'float16'}, "model.dtype is 'float16'; choose one of float32, bfloat16"),
     ({'param_dtype': 'int8'}, "model.param_dtype is 'int8'"),
     ({'rope_scaling': RopeScaling('dynamic')}, "kind is 'dynamic'; choose one of default, linear, yarn, llama3"),

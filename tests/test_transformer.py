@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from qedjax.model.cache import KVCache
+from qedjax.model.cache import PagedCache
 from qedjax.model.embedding import lookup
 from qedjax.model.transformer import Transformer
 from qedjax.sharding import MeshConfig, abstract, create, make_mesh, put
@@ -102,10 +102,10 @@ def test_chunked_prefill_and_ragged_decoding_equal_one_forward_pass(mesh):
 
     @jax.jit
     def decode(model, tokens, positions, cache):
-        x, cache = model.decode(tokens, positions, cache)
+        x, cache = model.decode(tokens, positions, cache, table)
         return model.logits(x), cache
 
-    cache = KVCache.create(CFG, 2, 20)
+    cache, table = PagedCache.create(CFG, 12, 4), np.array([[7, 2, 10, 0, 5], [4, 11, 1, 9, 3]], np.int32)
     prompts = np.where(np.arange(20) < lengths[:, None], tokens, 3)
     for start in (0, 8):
         logits, cache = decode(model, prompts[:, start : start + 8], positions[:, start : start + 8], cache)
@@ -116,7 +116,7 @@ def test_chunked_prefill_and_ragged_decoding_equal_one_forward_pass(mesh):
         at = (lengths + step)[:, None]
         logits, cache = decode(model, np.take_along_axis(tokens, at, 1), at, cache)
         assert reference.error(np.asarray(logits)[:, 0], np.take_along_axis(want, at[..., None], 1)[:, 0]) < 1e-5
-    _, after = decode(model, tokens[:, :1], np.array([[20], [20]]), cache)  # a slot that the cache has not
+    _, after = decode(model, tokens[:, :1], np.array([[-1], [-1]]), cache)  # no tokens
     for before, kept in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(before, kept)
 

@@ -28,7 +28,7 @@ from qedjax.types import TrainBatch
 PART = flags.DEFINE_enum('part', 'all', ['speed', 'compile', 'memory', 'all'], 'What to measure.')
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side; the median counts.')
 SMALL = ModelConfig(vocab_size=8192, embed_dim=256, mlp_dim=768, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=32, dtype='float32',
-                    remat='none', max_positions=4096)
+                    remat='full', attention_block=128, max_positions=4096)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, schedule='constant', warmup_fraction=0.0, weight_decay=0.01, clip_norm=1.0)
 
 

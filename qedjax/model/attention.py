@@ -5,14 +5,19 @@ backend that cannot honour segment ids refuses; none drops them. Each names what
 layout, so that the output is stored once.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from qedjax.model import attention_cudnn, attention_splash, attention_xla
+from qedjax.model import attention_cudnn, attention_paged, attention_ragged, attention_splash, attention_xla
+from qedjax.model.cache import PagedCache
 from qedjax.model.config import ModelConfig
 from qedjax.sharding import axis_size, spec
 
 BACKENDS = {'xla': attention_xla.attend, 'splash': attention_splash.attend, 'cudnn': attention_cudnn.attend}
+PAGED_BACKENDS = {'xla': attention_paged.attend, 'ragged': attention_ragged.attend}
 
 
 def attend_packed(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -51,19 +56,44 @@ def _repeat_heads(x: jax.Array, repeats: int) -> jax.Array:
     return jnp.repeat(x, repeats, axis=2)
 
 
-def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
-    """Attention of queries at `positions` to all cache slots at or before them.
+def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedCache, layer: jax.Array, table: jax.Array, positions: jax.Array,
+                 work: attention_paged.Work, backend: str) -> tuple[jax.Array, PagedCache]:
+    """Writes new keys and values to a layer's pages and attends to all that the rows' pages then hold.
 
     Args:
-      q: [B, T, N, H]; k, v: [B, S, K, H] with slot = position; positions: int32 [B, T].
+      q: [B, T, N, H]; k, v: [B, T, K, H].
+      cache, layer: pages of all layers, and which to use.
+      table: int32 [B, n], pages of each row, counted on its own shard of the batch.
+      positions: int32 [B, T], on one shard of the sequence axis; -1 where there is no token: nothing is written, and zeros come back.
+      work: from plan_cache.
+      backend: 'xla' or 'ragged' (TPU; each row's positions must then be consecutive, with -1 at the end only).
 
-    Returns: [B, T, N, H]; softmax in float32. Memory is B x N x T x S: for decode steps and short prefills.
+    Returns: [B, T, N, H] in q's dtype, and the cache.
     """
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H, out_sharding=spec('batch', None, 'kv_heads', None, None))
-    scores = jnp.einsum('BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32) * H**-0.5
-    visible = jnp.arange(k.shape[1]) <= positions[:, None, None, :, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    out = jnp.einsum('BKGTS,BSKH->BTKGH', weights, v)
-    return out.reshape(B, T, N, H, out_sharding=spec('batch', None, 'heads', None))
+    heads, kv_heads = spec('batch', 'sequence', 'heads', None), spec('batch', 'sequence', 'kv_heads', None)
+
+    def local(q, k, v, pages, table, positions, work, layer):
+        L, P, C, _, H = pages.shape
+        flat = pages.reshape(L * P, *pages.shape[2:])
+        table = table + layer * P  # pages of all layers are one list: no layer is ever sliced out, so none is copied
+        page = jnp.where(positions < 0, L * P, jnp.take_along_axis(table, jnp.maximum(positions, 0) // C, axis=1, mode='clip'))
+        new = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, H).astype(pages.dtype)
+        flat = flat.at[page, positions % C].set(new, mode='drop')
+        out = PAGED_BACKENDS[backend](q, flat, table, positions, work)
+        return out, flat.reshape(pages.shape)
+
+    inputs = (heads, kv_heads, kv_heads, cache.sharding(), spec('batch', None), spec('batch', 'sequence'), _work_specs(), PartitionSpec())
+    out, pages = jax.shard_map(local, in_specs=inputs, out_specs=(heads, cache.sharding()), check_vma=False)(
+        q, k, v, cache.pages, table, positions, work, layer)
+    return out, PagedCache(pages)
+
+
+def plan_cache(table: jax.Array, positions: jax.Array, page_size: int) -> attention_paged.Work:
+    """What attend_cache is to visit, the same for every layer: computed once a step."""
+    inputs = (spec('batch', None), spec('batch', 'sequence'))
+    plan = functools.partial(attention_paged.plan, page_size=page_size)
+    return jax.shard_map(plan, in_specs=inputs, out_specs=_work_specs(), check_vma=False)(table, positions)
+
+
+def _work_specs() -> attention_paged.Work:
+    return attention_paged.Work(spec('batch'), spec('batch'), spec('batch'))

@@ -1,4 +1,4 @@
-"""A dense key/value cache: one slot a position, carried through the scanned layers and updated in place."""
+"""A paged key/value cache: one array for all layers, carried through the scanned layers and updated in place."""
 
 import dataclasses
 
@@ -6,29 +6,34 @@ import jax
 import jax.numpy as jnp
 
 from qedjax.model.config import ModelConfig
-from qedjax.sharding import spec
+from qedjax.sharding import axis_size, spec
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of every layer, each [L, B, S, K, H]; slot s of a row holds position s of that row."""
+class PagedCache:
+    """Keys and values of every layer in pages of C positions, any page for any row; who owns which is told by page tables.
 
-    k: jax.Array
-    v: jax.Array
+    Attributes:
+      pages: [L, P, C, 2K, H], key and value of a head side by side. P is split over the batch axes: page numbers count from 0 on
+        each of their shards, and a row's pages lie on the row's own shard.
+    """
+
+    pages: jax.Array
 
     @classmethod
-    def create(cls, cfg: ModelConfig, batch: int, slots: int) -> 'KVCache':
-        """An empty cache in the compute dtype, sharded over rows and kv heads."""
-        shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
-        sharding = spec(None, 'batch', None, 'kv_heads', None)
-        return cls(*(jnp.zeros(shape, cfg.dtype, out_sharding=sharding) for _ in range(2)))
+    def create(cls, cfg: ModelConfig, num_pages: int, page_size: int) -> 'PagedCache':
+        """An empty cache in the compute dtype, of `num_pages` pages on each shard of the batch."""
+        shape = (cfg.num_layers, num_pages * axis_size('batch'), page_size, 2 * cfg.num_kv_heads, cfg.head_dim)
+        return cls(jnp.zeros(shape, cfg.dtype, out_sharding=cls.sharding()))
 
-    def write(self, layer: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> 'KVCache':
-        """Stores k, v [B, T, K, H] at positions [B, T] of one layer; positions outside the cache are dropped."""
-        rows = jnp.arange(k.shape[0])[:, None]
+    @staticmethod
+    def sharding() -> jax.sharding.PartitionSpec:
+        return spec(None, 'batch', None, 'kv_heads', None)
 
-        def store(cache, new):
-            return cache.at[layer, rows, positions].set(new, mode='drop', out_sharding=jax.typeof(cache).sharding)
 
-        return KVCache(store(self.k, k), store(self.v, v))
+def row_table(batch: int, pages_a_row: int) -> jax.Array:
+    """Page table [B, n] of a batch whose rows own n pages each, in order: a cache without an allocator."""
+    local = batch // axis_size('batch')
+    table = (jnp.arange(batch) % local)[:, None] * pages_a_row + jnp.arange(pages_a_row)
+    return jax.reshard(table.astype(jnp.int32), spec('batch', None))

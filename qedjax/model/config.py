@@ -6,6 +6,7 @@ FAMILIES = ('qwen3', 'qwen2', 'llama')
 ROPE_KINDS = ('default', 'linear', 'yarn', 'llama3')
 REMAT_POLICIES = ('none', 'dots', 'attention', 'full')
 ATTENTION_BACKENDS = ('xla', 'splash', 'cudnn')
+PAGED_BACKENDS = ('xla', 'ragged')
 DTYPES = ('float32', 'bfloat16')
 
 
@@ -54,6 +55,7 @@ class ModelConfig:
       dtype: dtype of activations and matrix products; products of the LM head always accumulate in float32.
       attention: backend, see attention.py.
       attention_block: positions a block of the xla backend.
+      paged_attention: backend of attention to the cache when sampling: 'xla' anywhere, 'ragged' on TPUs.
       remat: what the backward pass recomputes: 'none', 'dots' (keeps matrix products), 'attention' (keeps the attention's output),
         'full' (keeps the layer's input alone).
     """
@@ -79,6 +81,7 @@ class ModelConfig:
     dtype: str = 'bfloat16'
     attention: str = 'xla'
     attention_block: int = 256
+    paged_attention: str = 'xla'
     remat: str = 'full'
 
     @property
@@ -98,7 +101,7 @@ class ModelConfig:
 
 def validate(cfg: ModelConfig) -> None:
     """Raises ValueError, in one sentence, for a configuration that cannot be built."""
-    for field, choices in (('family', FAMILIES), ('remat', REMAT_POLICIES), ('attention', ATTENTION_BACKENDS),
+    for field, choices in (('family', FAMILIES), ('remat', REMAT_POLICIES), ('attention', ATTENTION_BACKENDS), ('paged_attention', PAGED_BACKENDS),
                            ('dtype', DTYPES), ('param_dtype', DTYPES)):
         if getattr(cfg, field) not in choices:
             raise ValueError(f'model.{field} is {getattr(cfg, field)!r}; choose one of {", ".join(choices)}')

@@ -20,7 +20,7 @@ from qedjax.model.config import ModelConfig, RopeScaling, validate
 FAMILIES = {'qwen3': 'qwen3', 'qwen2': 'qwen2', 'llama': 'llama', 'mistral': 'llama'}
 ARCHITECTURES = {'Qwen3ForCausalLM': 'qwen3', 'Qwen2ForCausalLM': 'qwen2', 'LlamaForCausalLM': 'llama',
                  'MistralForCausalLM': 'mistral'}
-OUR_FIELDS = ('param_dtype', 'dtype', 'attention', 'attention_block', 'remat')  # that no config.json has
+OUR_FIELDS = ('param_dtype', 'dtype', 'attention', 'attention_block', 'paged_attention', 'remat')  # that no config.json has
 _CLASS_DEFAULTS = {
     'qwen3': {'num_key_value_heads': 32, 'head_dim': 128, 'max_position_embeddings': 32_768},
     'qwen2': {'num_key_value_heads': 32, 'max_position_embeddings': 32_768},

@@ -1,6 +1,6 @@
 """The decoder as a typed pytree: an nnx.Module holds parameters and nothing else; plain jax transforms do the rest.
 
-Letters: B batch rows, T positions, S cache slots, D embed, N heads, K kv heads, H head_dim, F mlp, V vocab, L layers.
+Letters: B batch rows, T positions, D embed, N heads, K kv heads, H head_dim, F mlp, V vocab, L layers.
 Layers are stacked [L, ...] by vmap over keys and run by lax.scan, so compile time does not grow with depth.
 """
 
@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qedjax.model.attention import attend_cache, attend_packed
-from qedjax.model.cache import KVCache
+from qedjax.model.attention import attend_cache, attend_packed, plan_cache
+from qedjax.model.cache import PagedCache
 from qedjax.model.config import ModelConfig, validate
 from qedjax.model.embedding import lookup
 from qedjax.model.rope import apply_rope, rope_angles
 from qedjax.sharding import axis_size, spec
 
 # attend(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (output [B,T,N,H], whatever the caller threads through the layers)
-AttendFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, KVCache | None]]
+AttendFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, PagedCache | None]]
 
 
 def param(cfg: ModelConfig, key: jax.Array, shape: tuple[int, ...], *axes: str | None) -> nnx.Param:
@@ -43,6 +43,20 @@ def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
     return scale[...].astype(x.dtype) * normed.astype(x.dtype)
 
 
+def linear(x: jax.Array, weight: nnx.Param, inputs: tuple[str | None, ...], outputs: tuple[str | None, ...]) -> jax.Array:
+    """x [B, T, *inputs] times weight [*inputs, *outputs]: [B, T, *outputs]. The tuples hold logical axes.
+
+    Rows and positions are merged where no device splits the positions: the weight's gradient then contracts one dimension instead of
+    two, for which XLA on CPUs would copy an operand into another layout (half as slow again).
+    """
+    w, (B, T) = weight[...].astype(x.dtype), x.shape[:2]
+    if axis_size('sequence') > 1:
+        return jnp.tensordot(x, w, len(inputs), out_sharding=spec('batch', 'sequence', *outputs))
+    rows = jax.reshard(x, spec('batch', None, *inputs)).reshape(B * T, *x.shape[2:], out_sharding=spec('batch', *inputs))
+    y = jnp.tensordot(rows, w, len(inputs), out_sharding=spec('batch', *outputs))
+    return jax.reshard(y.reshape(B, T, *y.shape[1:], out_sharding=spec('batch', None, *outputs)), spec('batch', 'sequence', *outputs))
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; biases and qk-norm by config."""
 
@@ -65,15 +79,16 @@ class Attention(nnx.Module):
         """x [B, T, D] -> (output [B, T, D], what `attend` threads through)."""
         cfg, dtype = self.cfg, x.dtype
 
-        def project(weight, bias):
-            y = jnp.einsum('BTD,DNH->BTNH', x, weight[...].astype(dtype))
+        def project(weight, bias, heads):
+            y = linear(x, weight, (None,), (heads, None))
             return y if bias is None else y + bias[...].astype(dtype)
 
-        q, k, v = project(self.wq, self.bq), project(self.wk, self.bk), project(self.wv, self.bv)
+        q = project(self.wq, self.bq, 'heads')
+        k, v = project(self.wk, self.bk, 'kv_heads'), project(self.wv, self.bv, 'kv_heads')
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, cfg.norm_eps), rms_norm(k, self.k_norm, cfg.norm_eps)
         out, state = attend(apply_rope(q, angles), apply_rope(k, angles), v)
-        out = jnp.einsum('BTNH,NHD->BTD', out, self.wo[...].astype(dtype), out_sharding=spec('batch', 'sequence', None))
+        out = linear(out, self.wo, ('heads', None), (None,))
         return out if self.bo is None else out + self.bo[...].astype(dtype), state
 
 
@@ -87,10 +102,8 @@ class MLP(nnx.Module):
         self.w_down = param(cfg, keys[2], (cfg.mlp_dim, cfg.embed_dim), 'mlp', 'embed')
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = jnp.einsum('BTD,DF->BTF', x, self.w_gate[...].astype(x.dtype))
-        up = jnp.einsum('BTD,DF->BTF', x, self.w_up[...].astype(x.dtype))
-        return jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, self.w_down[...].astype(x.dtype),
-                          out_sharding=spec('batch', 'sequence', None))
+        gate, up = linear(x, self.w_gate, (None,), ('mlp',)), linear(x, self.w_up, (None,), ('mlp',))
+        return linear(jax.nn.silu(gate) * up, self.w_down, ('mlp',), (None,))
 
 
 class Block(nnx.Module):
@@ -142,16 +155,16 @@ class Transformer(nnx.Module):
         x, _ = jax.lax.scan(rematerialize(body, cfg.remat), self._embed(tokens), self.layers)
         return rms_norm(x, self.final_norm, cfg.norm_eps)
 
-    def decode(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Final hidden states [B, T, D] of tokens at `positions` [B, T] attending to the cache, which they are written to first."""
-        angles = self._angles(positions)
+    def decode(self, tokens: jax.Array, positions: jax.Array, cache: PagedCache, table: jax.Array) -> tuple[jax.Array, PagedCache]:
+        """Final hidden states [B, T, D] of tokens at `positions` [B, T], written to the cache before they attend to it (see attend_cache)."""
+        positions, table = jax.reshard(positions, spec('batch', 'sequence')), jax.reshard(table, spec('batch', None))
+        angles, work = self._angles(positions), plan_cache(table, positions, cache.pages.shape[2])
 
         def body(carry, layer_and_index):
             (x, cache), (layer, index) = carry, layer_and_index
 
             def attend(q, k, v):
-                written = cache.write(index, k, v, positions)
-                return attend_cache(q, written.k[index], written.v[index], positions), written
+                return attend_cache(q, k, v, cache, index, table, positions, work, self.cfg.paged_attention)
 
             return layer(x, angles, attend), None
 

@@ -1,4 +1,4 @@
-"""A plain sampler: one jitted prefill and one jitted decode loop over a dense KV cache. Small on purpose: no scheduling.
+"""A plain sampler: one jitted prefill and one jitted decode loop over a KV cache whose rows own their pages. Small on purpose: no scheduling.
 
 Prompts are sorted by length and run in batches of a fixed number of rows; lengths are padded up to a few buckets, so the number of
 compiled shapes does not grow with traffic.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from qedjax.model.cache import KVCache
+from qedjax.model.cache import PagedCache, row_table
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
 from qedjax.rollout.sampling import sample, token_keys
@@ -47,7 +47,7 @@ class Loop:
     logprobs: jax.Array
     active: jax.Array
     hidden: jax.Array
-    cache: KVCache
+    cache: PagedCache
 
 
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, num_valid: int, batch: int = 16,
@@ -127,11 +127,12 @@ def _cut(ids, logprobs, params):
     return tuple(ids.tolist()), tuple(logprobs.tolist()), 'stop' if ids[-1] in params.stop_ids else 'length'
 
 
-def _prefill(model: Transformer, tokens: jax.Array, lengths: jax.Array, budget: int) -> Loop:
+def _prefill(model: Transformer, tokens: jax.Array, lengths: jax.Array, table: jax.Array, budget: int) -> Loop:
     """Runs right-padded prompts [B, T]; slots past a prompt's end hold garbage that decoding overwrites before it looks."""
     B, T = tokens.shape
     positions = jax.reshard(jnp.broadcast_to(jnp.arange(T), (B, T)), spec('batch', 'sequence'))
-    hidden, cache = model.decode(tokens, positions, KVCache.create(model.cfg, B, T + budget))
+    cache = PagedCache.create(model.cfg, B // axis_size('batch') * table.shape[1], BUCKET)
+    hidden, cache = model.decode(tokens, positions, cache, table)
     hidden = jax.reshard(hidden, spec('batch', None, None))
     last = jnp.sum(jnp.where((jnp.arange(T) == lengths[:, None] - 1)[..., None], hidden, 0), axis=1)
     ids = jnp.full((B, budget), -1, jnp.int32, out_sharding=spec('batch', None))
@@ -143,7 +144,8 @@ def _prefill(model: Transformer, tokens: jax.Array, lengths: jax.Array, budget: 
 def _complete(model: Transformer, tokens: jax.Array, lengths: jax.Array, requests: Requests, budget: int, num_valid: int):
     """Draws tokens until every row has stopped or spent its budget: (count [B], ids [B, budget], log-probs [B, budget])."""
     lengths, requests = jax.tree.map(lambda x: jax.reshard(x, spec('batch')), (lengths, requests))
-    loop = _prefill(model, jax.reshard(tokens, spec('batch', 'sequence')), lengths, budget)
+    table = row_table(len(tokens), (tokens.shape[1] + budget) // BUCKET)
+    loop = _prefill(model, jax.reshard(tokens, spec('batch', 'sequence')), lengths, table, budget)
     slots = jnp.arange(budget)
 
     def draw(loop: Loop) -> tuple[Loop, jax.Array]:
@@ -160,7 +162,7 @@ def _complete(model: Transformer, tokens: jax.Array, lengths: jax.Array, request
     def body(loop: Loop) -> Loop:
         loop, ids = draw(loop)
         positions = (lengths + loop.count - 1)[:, None]
-        hidden, cache = model.decode(jax.reshard(ids[:, None], spec('batch', None)), positions, loop.cache)
+        hidden, cache = model.decode(jax.reshard(ids[:, None], spec('batch', None)), positions, loop.cache, table)
         return dataclasses.replace(loop, hidden=hidden[:, 0], cache=cache)
 
     loop = jax.lax.while_loop(lambda loop: loop.active.any(), body, loop)
