@@ -5,6 +5,7 @@ Everything here is written by process 0 only, and costs the others nothing.
 
 import collections
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -219,3 +220,20 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02}:{seconds:02}'
+
+
+@functools.cache
+def _compile_count() -> list[int]:
+    count = [0]
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        count[0] += event == '/jax/core/compile/backend_compile_duration'
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return count
+
+
+def compilations() -> int:
+    """Programs that this process has compiled since it first asked."""
+    return _compile_count()[0]

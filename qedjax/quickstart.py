@@ -24,8 +24,8 @@ from qedjax.grading.grade import FULL
 from qedjax.grading.rubric import render
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
-from qedjax.rollout.decode import generate
 from qedjax.rollout.generate import decode
+from qedjax.rollout.static import generate
 from qedjax.sharding import MeshConfig, make_mesh
 from qedjax.testing import tiny_tokenizer
 from qedjax.train.optimizer import OptimizerConfig

@@ -83,10 +83,10 @@ BAD = [
     (GOOD, {'batch': 0}, 'batch must be at least 1'),
     (GOOD, {'batch': -3}, 'batch must be at least 1'),
     (GOOD, {'thinking': False}, 'always opens a think block'),
-    (GOOD, {'params': SamplingParams(max_tokens=0)}, 'max_tokens must be positive'),
+    (GOOD, {'params': SamplingParams(max_tokens=0)}, 'asks for max_tokens=0'),
     (GOOD, {'params': SamplingParams(max_tokens=256)}, 'the model has 256 positions'),
-    (GOOD, {'params': SamplingParams(temperature=float('nan'))}, 'temperature must be 0'),
-    (GOOD, {'params': SamplingParams(seed=-1)}, 'seed in'),
+    (GOOD, {'params': SamplingParams(temperature=float('nan'))}, 'asks for temperature=nan'),
+    (GOOD, {'params': SamplingParams(seed=-1)}, 'asks for seed=-1'),
     (GOOD, {'mesh_config': MeshConfig(fsdp=1, data=-1, tensor=3)}, 'needs a multiple of 3 devices, but there are 8'),
 ]
 

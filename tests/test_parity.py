@@ -18,7 +18,7 @@ from qedjax.model.attention import attend_packed
 from qedjax.model.embedding import lookup
 from qedjax.model.hf_config import from_hf, read_config
 from qedjax.model.rope import rope_angles
-from qedjax.rollout.decode import generate
+from qedjax.rollout.static import generate
 from qedjax.testing import shared_data
 from qedjax.types import SamplingParams
 

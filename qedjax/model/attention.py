@@ -5,19 +5,20 @@ backend that cannot honour segment ids refuses; none drops them. Each names what
 layout, so that the output is stored once.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from qedjax.model import attention_cudnn, attention_paged, attention_ragged, attention_splash, attention_xla
-from qedjax.model.cache import PagedCache
+from qedjax.model import attention_cudnn, attention_paged, attention_splash, attention_xla
+from qedjax.model.cache import BACKENDS as PAGED_BACKENDS
+from qedjax.model.cache import PagedCache, page_spec
 from qedjax.model.config import ModelConfig
 from qedjax.sharding import axis_size, spec
 
 BACKENDS = {'xla': attention_xla.attend, 'splash': attention_splash.attend, 'cudnn': attention_cudnn.attend}
-PAGED_BACKENDS = {'xla': attention_paged.attend, 'ragged': attention_ragged.attend}
 
 
 def attend_packed(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -57,7 +58,7 @@ def _repeat_heads(x: jax.Array, repeats: int) -> jax.Array:
 
 
 def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedCache, layer: jax.Array, table: jax.Array, positions: jax.Array,
-                 work: attention_paged.Work, backend: str) -> tuple[jax.Array, PagedCache]:
+                 work: attention_paged.Work) -> tuple[jax.Array, PagedCache]:
     """Writes new keys and values to a layer's pages and attends to all that the rows' pages then hold.
 
     Args:
@@ -65,35 +66,35 @@ def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedCache, la
       cache, layer: pages of all layers, and which to use.
       table: int32 [B, n], pages of each row, counted on its own shard of the batch.
       positions: int32 [B, T], on one shard of the sequence axis; -1 where there is no token: nothing is written, and zeros come back.
+        The 'ragged' backend takes rows of consecutive positions, with -1 at the end only.
       work: from plan_cache.
-      backend: 'xla' or 'ragged' (TPU; each row's positions must then be consecutive, with -1 at the end only).
 
     Returns: [B, T, N, H] in q's dtype, and the cache.
     """
     heads, kv_heads = spec('batch', 'sequence', 'heads', None), spec('batch', 'sequence', 'kv_heads', None)
+    pages_spec, backend = page_spec(cache.backend), PAGED_BACKENDS[cache.backend]
 
     def local(q, k, v, pages, table, positions, work, layer):
-        L, P, C, _, H = pages.shape
+        L, P = pages.shape[:2]
         flat = pages.reshape(L * P, *pages.shape[2:])
         table = table + layer * P  # pages of all layers are one list: no layer is ever sliced out, so none is copied
-        page = jnp.where(positions < 0, L * P, jnp.take_along_axis(table, jnp.maximum(positions, 0) // C, axis=1, mode='clip'))
-        new = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, H).astype(pages.dtype)
-        flat = flat.at[page, positions % C].set(new, mode='drop')
-        out = PAGED_BACKENDS[backend](q, flat, table, positions, work)
-        return out, flat.reshape(pages.shape)
+        page = jnp.take_along_axis(table, jnp.maximum(positions, 0) // cache.page_size, axis=1, mode='clip')
+        page = jnp.where(positions < 0, L * P - 1, page)
+        flat = backend.write(k, v, flat, page, positions % cache.page_size)
+        return backend.attend(q, flat, table, positions, work), flat.reshape(pages.shape)
 
-    inputs = (heads, kv_heads, kv_heads, cache.sharding(), spec('batch', None), spec('batch', 'sequence'), _work_specs(), PartitionSpec())
-    out, pages = jax.shard_map(local, in_specs=inputs, out_specs=(heads, cache.sharding()), check_vma=False)(
+    inputs = (heads, kv_heads, kv_heads, pages_spec, spec('batch', None), spec('batch', 'sequence'), _work_specs(), PartitionSpec())
+    out, pages = jax.shard_map(local, in_specs=inputs, out_specs=(heads, pages_spec), check_vma=False)(
         q, k, v, cache.pages, table, positions, work, layer)
-    return out, PagedCache(pages)
+    return out, dataclasses.replace(cache, pages=pages)
 
 
-def plan_cache(table: jax.Array, positions: jax.Array, page_size: int) -> attention_paged.Work:
+def plan_cache(cache: PagedCache, table: jax.Array, positions: jax.Array) -> attention_paged.Work:
     """What attend_cache is to visit, the same for every layer: computed once a step."""
     inputs = (spec('batch', None), spec('batch', 'sequence'))
-    plan = functools.partial(attention_paged.plan, page_size=page_size)
+    plan = functools.partial(attention_paged.plan, page_size=cache.page_size)
     return jax.shard_map(plan, in_specs=inputs, out_specs=_work_specs(), check_vma=False)(table, positions)
 
 
 def _work_specs() -> attention_paged.Work:
-    return attention_paged.Work(spec('batch'), spec('batch'), spec('batch'))
+    return attention_paged.Work(*[spec('batch')] * 3)  # type: ignore[arg-type]

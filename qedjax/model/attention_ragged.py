@@ -1,16 +1,36 @@
-"""Attention to a paged cache by JAX's ragged paged attention kernel for TPUs; block sizes are explicit, so it compiles ahead of time too."""
+"""Attention to a paged cache by JAX's ragged paged attention kernel for TPUs; explicit block sizes let it compile ahead of time.
+
+A page is [C, 2K, H], key and value of a head side by side. Same contract as attention_paged.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
+PAGE_AXES = (None, 'kv_heads', None)
 KEYS_A_BLOCK = 512  # positions of the cache that are in VMEM at a time, twice
 QUERIES_A_BLOCK = 32
 VMEM_BYTES = 64 * 2**20  # the most that the kernel may take, below what every TPU since v5 has
 
 
+def page_shape(page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Layout of a page."""
+    return page_size, 2 * kv_heads, head_dim
+
+
+def page_size(pages: jax.Array) -> int:
+    """Positions of a page, given pages [..., C, 2K, H]."""
+    return pages.shape[-3]
+
+
+def write(k: jax.Array, v: jax.Array, pages: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+    """Stores k, v [B, T, K, H] at offset [B, T] of page [B, T] in pages [P, C, 2K, H]."""
+    new = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, k.shape[3])
+    return pages.at[page, offset].set(new.astype(pages.dtype))
+
+
 def attend(q: jax.Array, pages: jax.Array, table: jax.Array, positions: jax.Array, work) -> jax.Array:
-    """Same contract as attention_paged.attend; positions of a row must be consecutive, with -1 at the end only."""
+    """See attention_paged.attend; here the positions of a row must be consecutive, with -1 at the end only."""
     del work  # the kernel plans by itself
     B, T, N, H = q.shape
     C = pages.shape[1]

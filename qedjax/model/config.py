@@ -101,8 +101,8 @@ class ModelConfig:
 
 def validate(cfg: ModelConfig) -> None:
     """Raises ValueError, in one sentence, for a configuration that cannot be built."""
-    for field, choices in (('family', FAMILIES), ('remat', REMAT_POLICIES), ('attention', ATTENTION_BACKENDS), ('paged_attention', PAGED_BACKENDS),
-                           ('dtype', DTYPES), ('param_dtype', DTYPES)):
+    for field, choices in (('family', FAMILIES), ('remat', REMAT_POLICIES), ('attention', ATTENTION_BACKENDS),
+                           ('paged_attention', PAGED_BACKENDS), ('dtype', DTYPES), ('param_dtype', DTYPES)):
         if getattr(cfg, field) not in choices:
             raise ValueError(f'model.{field} is {getattr(cfg, field)!r}; choose one of {", ".join(choices)}')
     if cfg.rope_scaling.kind not in ROPE_KINDS:

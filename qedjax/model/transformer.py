@@ -156,15 +156,15 @@ class Transformer(nnx.Module):
         return rms_norm(x, self.final_norm, cfg.norm_eps)
 
     def decode(self, tokens: jax.Array, positions: jax.Array, cache: PagedCache, table: jax.Array) -> tuple[jax.Array, PagedCache]:
-        """Final hidden states [B, T, D] of tokens at `positions` [B, T], written to the cache before they attend to it (see attend_cache)."""
+        """Final hidden states [B, T, D] of tokens at `positions` [B, T], written to the cache before they attend to it."""
         positions, table = jax.reshard(positions, spec('batch', 'sequence')), jax.reshard(table, spec('batch', None))
-        angles, work = self._angles(positions), plan_cache(table, positions, cache.pages.shape[2])
+        angles, work = self._angles(positions), plan_cache(cache, table, positions)
 
         def body(carry, layer_and_index):
             (x, cache), (layer, index) = carry, layer_and_index
 
             def attend(q, k, v):
-                return attend_cache(q, k, v, cache, index, table, positions, work, self.cfg.paged_attention)
+                return attend_cache(q, k, v, cache, index, table, positions, work)
 
             return layer(x, angles, attend), None
 

@@ -1,170 +1,199 @@
-"""A plain sampler: one jitted prefill and one jitted decode loop over a KV cache whose rows own their pages. Small on purpose: no scheduling.
+"""The engine's device code: prefill, and a decode loop that refills its own rows. Every shape is fixed by the configuration.
 
-Prompts are sorted by length and run in batches of a fixed number of rows; lengths are padded up to a few buckets, so the number of
-compiled shapes does not grow with traffic.
+Requests in progress are the *members* of a pool of M on each shard of the batch; the first B of them that can run, in order of arrival,
+are decoded. A member that ends leaves its row to the next one inside the loop, so rows do not idle until the host looks.
+
+Letters besides the model's: R shards of the batch, M members a shard, n pages a member, S steps a call.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import PartitionSpec
 
-from qedjax.model.cache import PagedCache, row_table
-from qedjax.model.config import ModelConfig
+from qedjax.model.cache import PagedCache, page_spec
 from qedjax.model.transformer import Transformer
-from qedjax.rollout.sampling import sample, token_keys
-from qedjax.sharding import axis_size, spec
-from qedjax.types import SamplingParams
+from qedjax.rollout.sampling import Choice, sample, token_keys
+from qedjax.sharding import spec
 
-BUCKET = 64  # prompt lengths are padded to BUCKET times a power of two
-MIN_TEMPERATURE = 1e-3  # far below it, logits / temperature overflow: a NaN, which arg-max would take for the best
+LAST = jnp.iinfo(jnp.int32).max  # sorts after every arrival
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Requests:
-    """A batch of requests on device, one a row: sampling parameters, stop ids [B, n] (padded with -2) and sample indices."""
+class Pool:
+    """Members, one an entry of [R, M].
 
-    temperature: jax.Array
-    max_tokens: jax.Array
-    seeds: jax.Array
-    samples: jax.Array
+    Attributes:
+      active: whether it has still to draw.
+      token, position: the last id of prompt and completion so far, which is fed next, and where.
+      drawn: ids drawn so far.
+      limit: ids that it may draw in all.
+      capacity: positions that its pages hold; beyond it a member waits for the host.
+      arrival: members run in this order.
+      table: [R, M, n] pages.
+      seed, sample: of its random stream.
+      min_tokens, stop_ids: [R, M] and [R, M, k]; no stop id is drawn before so many ids. -1 pads.
+      temperature, top_k, top_p, min_p, bias_ids, bias: of the choice (see SamplingParams). -1 pads bias_ids.
+    """
+
+    active: jax.Array
+    token: jax.Array
+    position: jax.Array
+    drawn: jax.Array
+    limit: jax.Array
+    capacity: jax.Array
+    arrival: jax.Array
+    table: jax.Array
+    seed: jax.Array
+    sample: jax.Array
+    min_tokens: jax.Array
     stop_ids: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    bias_ids: jax.Array
+    bias: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Loop:
-    """Carry of the decode loop: tokens drawn so far [B, S], their log-probs, rows still going, the last hidden states and the cache."""
+class Drawn:
+    """What a call of decode drew: count [R, M]; then [R, M, S] (top_*: [R, M, S, k]); steps and rows that ran are [R].
+
+    An id of -1 tells that the logits were not finite.
+    """
 
     count: jax.Array
     ids: jax.Array
     logprobs: jax.Array
-    active: jax.Array
-    hidden: jax.Array
-    cache: PagedCache
+    entropies: jax.Array | None
+    top_ids: jax.Array | None
+    top_logprobs: jax.Array | None
+    steps: jax.Array
+    rows: jax.Array
 
 
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, num_valid: int, batch: int = 16,
-             samples: Sequence[int] | None = None, progress: Callable[[int], object] = lambda done: None):
-    """Samples one completion a prompt; call it under `jax.set_mesh`.
+@functools.partial(jax.jit, donate_argnames=('cache',))
+def prefill(model: Transformer, cache: PagedCache, tokens: jax.Array, positions: jax.Array, table: jax.Array) -> PagedCache:
+    """Writes tokens [B, T] at positions [B, T] (-1 pads a row's end) to the pages of table [B, n]; B is split over the shards."""
+    tokens, positions, table = (jax.reshard(x, spec('batch', None)) for x in (tokens, positions, table))
+    return model.decode(tokens, positions, cache, table)[1]
+
+
+@functools.partial(jax.jit, donate_argnames=('cache',))
+def edit_pages(cache: PagedCache, source: jax.Array, target: jax.Array, count: jax.Array) -> PagedCache:
+    """Copies page source[r, i] of shard r to page target[r, i], in order, for i < count[r]; a source of -1 writes zeros."""
+
+    def local(pages, source, target, count):
+        def edit(i, pages):
+            page = jax.lax.dynamic_slice_in_dim(pages, jnp.maximum(source[0, i], 0), 1, axis=1)
+            page = jnp.where(source[0, i] >= 0, page, jnp.zeros_like(page))
+            return jax.lax.dynamic_update_slice_in_dim(pages, page, target[0, i], axis=1)
+
+        return jax.lax.fori_loop(0, count[0], edit, pages)
+
+    rows, counts = spec('batch', None), spec('batch')
+    source, target, count = jax.reshard(source, rows), jax.reshard(target, rows), jax.reshard(count, counts)
+    pages = page_spec(cache.backend)
+    edited = jax.shard_map(local, in_specs=(pages, rows, rows, counts), out_specs=pages, check_vma=False)(
+        cache.pages, source, target, count)
+    return dataclasses.replace(cache, pages=edited)
+
+
+@functools.partial(jax.jit, static_argnames=('slots', 'steps', 'num_valid', 'top', 'entropy'), donate_argnames=('cache', 'pool'))
+def decode(model: Transformer, cache: PagedCache, pool: Pool, told: Pool, fresh: jax.Array, *, slots: int, steps: int, num_valid: int,
+           top: int, entropy: bool) -> tuple[PagedCache, Pool, Drawn]:
+    """Takes in the host's changes and draws for up to `steps` steps, or until no member can run.
 
     Args:
-      prompts: token ids of each prompt.
-      params: sampling parameters of each prompt.
-      num_valid: ids that the tokenizer can decode.
-      batch: rows decoded together, rounded up to a multiple of the mesh's data shards.
-      samples: sample index of each prompt (default 0): samples of one prompt with one seed differ by it.
-      progress: called with the number of finished prompts.
-
-    Returns: (ids, logprobs, finish_reason) a prompt, in order. Raises ValueError as `check`, and under a mesh with a context axis.
+      pool: the members as the device knows them.
+      told: the members as the host does: pages, capacity and a False in `active` always count, the rest where `fresh` [R, M].
+      slots: rows B decoded together on each shard.
+      num_valid, top, entropy: see sampling.sample.
     """
-    if axis_size('sequence') != 1:
-        raise ValueError('decoding has one position at a time, which a context axis cannot split; use sharding.without_context(mesh)')
-    check(model.cfg, prompts, params, num_valid, batch)
-    batch = -(-batch // axis_size('batch')) * axis_size('batch')
-    samples = [0] * len(prompts) if samples is None else samples
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), params[i].max_tokens))
-    results: list = [None] * len(prompts)
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        for row, result in zip(rows, _run_batch(model, rows, prompts, params, samples, num_valid, batch), strict=True):
-            results[row] = result
-        progress(min(start + batch, len(order)))
-    return results
+    told, fresh = jax.tree.map(lambda x: jax.reshard(x, spec('batch', *[None] * (x.ndim - 1))), (told, fresh))
+    pool = _take_in(pool, told, fresh)
+    drawn = _nothing_drawn(fresh.shape, steps, top, entropy)
+
+    def body(carry):
+        cache, pool, drawn = carry
+        rows = _select(pool, slots)
+        live = rows.active
+        hidden, cache = model.decode(rows.token[:, None], jnp.where(live, rows.position, -1)[:, None], cache, rows.table)
+        logits = jax.reshard(model.logits(hidden)[:, 0], spec('batch', None))
+        banned = jnp.where((rows.drawn < rows.min_tokens)[:, None], rows.stop_ids, -1)
+        choice = Choice(rows.temperature, rows.top_k, rows.top_p, rows.min_p, banned, rows.bias_ids, rows.bias)
+        draw = sample(logits, token_keys(rows.seed, rows.sample, rows.drawn), choice, num_valid, top=top, entropy=entropy)
+        pool, drawn = _commit(pool, drawn, rows, draw)
+        return cache, pool, drawn
+
+    def unfinished(carry):
+        _, pool, drawn = carry
+        return (jnp.max(drawn.steps) < steps) & jnp.any(_runnable(pool))
+
+    return jax.lax.while_loop(unfinished, body, (cache, pool, drawn))
 
 
-def check(cfg: ModelConfig, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], num_valid: int, batch: int = 1) -> None:
-    """Raises ValueError, in one sentence, for requests that a model of this config cannot serve; needs no weights and no mesh."""
-    if batch < 1:
-        raise ValueError(f'batch must be at least 1, not {batch}')
-    if not 0 < num_valid <= cfg.vocab_size:
-        raise ValueError(f'the tokenizer has {num_valid} ids, but the model has only {cfg.vocab_size} rows')
-    for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-        if not prompt:
-            raise ValueError(f'prompt {i} is empty: give it at least one token')
-        if p.max_tokens < 1 or not 0 <= p.seed < 2**32:
-            raise ValueError(f'prompt {i}: max_tokens must be positive and seed in [0, 2^32): {p}')
-        if p.temperature and not MIN_TEMPERATURE <= p.temperature < math.inf:  # NaN too
-            raise ValueError(f'prompt {i}: temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {p.temperature}')
-        if len(prompt) + p.max_tokens > cfg.max_positions:
-            raise ValueError(f'prompt {i} has {len(prompt)} tokens and asks for {p.max_tokens} more, but the model has '
-                             f'{cfg.max_positions} positions')
+def _runnable(pool: Pool) -> jax.Array:
+    return pool.active & (pool.position < pool.capacity)
 
 
-def _bucket(length: int) -> int:
-    return BUCKET * 2 ** max(0, int(np.ceil(np.log2(length / BUCKET))))
+def _take_in(pool: Pool, told: Pool, fresh: jax.Array) -> Pool:
+    def merge(old, new):
+        return jnp.where(fresh.reshape(*fresh.shape, *[1] * (old.ndim - 2)), new, old)
+
+    merged = jax.tree.map(merge, pool, told)
+    return dataclasses.replace(merged, table=told.table, capacity=told.capacity, active=merged.active & told.active)
 
 
-def _run_batch(model, rows, prompts, params, samples, num_valid, batch):
-    """One batch; rows that are missing are copies of the first that stop after one token."""
-    fill = [rows[0]] * (batch - len(rows))
-    every = [*rows, *fill]
-    width = _bucket(max(len(prompts[i]) for i in rows))
-    budget = _bucket(max(params[i].max_tokens for i in rows))
-    tokens, lengths = np.zeros((batch, width), np.int32), np.array([len(prompts[i]) for i in every], np.int32)
-    stops = np.full((batch, max(1, *(len(params[i].stop_ids) for i in rows))), -2, np.int32)
-    for row, i in enumerate(every):
-        tokens[row, : lengths[row]] = prompts[i]
-        stops[row, : len(params[i].stop_ids)] = params[i].stop_ids
-    requests = Requests(
-        np.array([params[i].temperature for i in every], np.float32),
-        np.array([params[i].max_tokens for i in rows] + [1] * len(fill), np.int32),
-        np.array([params[i].seed for i in every], np.uint32), np.array([samples[i] for i in every], np.int32), stops)
-    count, ids, logprobs = jax.device_get(_complete(model, tokens, lengths, requests, budget=budget, num_valid=num_valid))
-    return [_cut(ids[row, : count[row]], logprobs[row, : count[row]], params[i]) for row, i in enumerate(rows)]
+def _nothing_drawn(shape: tuple[int, ...], steps: int, top: int, entropy: bool) -> Drawn:
+    def zeros(*more, dtype=jnp.int32):
+        sizes = (*shape, *more)
+        return jnp.zeros(sizes, dtype, out_sharding=spec('batch', *[None] * (len(sizes) - 1)))
+
+    shards = jnp.zeros(shape[0], jnp.int32, out_sharding=spec('batch'))
+    return Drawn(zeros(), zeros(steps), zeros(steps, dtype=jnp.float32), zeros(steps, dtype=jnp.float32) if entropy else None,
+                 zeros(steps, top) if top else None, zeros(steps, top, dtype=jnp.float32) if top else None, shards, shards)
 
 
-def _cut(ids, logprobs, params):
-    """Host view of one row: (ids, log-probs, finish reason)."""
-    if ids[-1] < 0:
-        return tuple(ids[:-1].tolist()), tuple(logprobs[:-1].tolist()), 'error'
-    return tuple(ids.tolist()), tuple(logprobs.tolist()), 'stop' if ids[-1] in params.stop_ids else 'length'
+def _select(pool: Pool, slots: int) -> Pool:
+    """The members that run now, one a row: a Pool of [R * B] whose `arrival` is the member's index instead, -1 where a row is idle."""
+
+    def local(pool: Pool) -> Pool:
+        runnable = _runnable(pool)[0]
+        chosen = jnp.argsort(jnp.where(runnable, pool.arrival[0], LAST))[:slots].astype(jnp.int32)
+        rows = jax.tree.map(lambda x: x[0, chosen], pool)
+        return dataclasses.replace(rows, active=runnable[chosen], arrival=jnp.where(runnable[chosen], chosen, -1))
+
+    return jax.shard_map(local, in_specs=(spec('batch'),), out_specs=spec('batch'), check_vma=False)(pool)
 
 
-def _prefill(model: Transformer, tokens: jax.Array, lengths: jax.Array, table: jax.Array, budget: int) -> Loop:
-    """Runs right-padded prompts [B, T]; slots past a prompt's end hold garbage that decoding overwrites before it looks."""
-    B, T = tokens.shape
-    positions = jax.reshard(jnp.broadcast_to(jnp.arange(T), (B, T)), spec('batch', 'sequence'))
-    cache = PagedCache.create(model.cfg, B // axis_size('batch') * table.shape[1], BUCKET)
-    hidden, cache = model.decode(tokens, positions, cache, table)
-    hidden = jax.reshard(hidden, spec('batch', None, None))
-    last = jnp.sum(jnp.where((jnp.arange(T) == lengths[:, None] - 1)[..., None], hidden, 0), axis=1)
-    ids = jnp.full((B, budget), -1, jnp.int32, out_sharding=spec('batch', None))
-    return Loop(jnp.zeros(B, jnp.int32, out_sharding=spec('batch')), ids, ids.astype(jnp.float32),
-                jnp.ones(B, bool, out_sharding=spec('batch')), last, cache)
+def _commit(pool: Pool, drawn: Drawn, rows: Pool, draw) -> tuple[Pool, Drawn]:
+    """Writes what the rows drew to their members, and to the output. By selection, not scatter: CPUs would run a loop for each."""
 
+    def local(pool: Pool, drawn: Drawn, rows: Pool, draw) -> tuple[Pool, Drawn]:
+        members, steps = drawn.ids.shape[1:]
+        runs = (jnp.arange(members)[:, None] == rows.arrival) & rows.active  # [M, B]
+        row, ran = jnp.argmax(runs, axis=1), runs.any(axis=1)
+        here = (jnp.arange(steps) == drawn.count[0, :, None]) & ran[:, None]  # [M, S]
 
-@functools.partial(jax.jit, static_argnames=('budget', 'num_valid'))
-def _complete(model: Transformer, tokens: jax.Array, lengths: jax.Array, requests: Requests, budget: int, num_valid: int):
-    """Draws tokens until every row has stopped or spent its budget: (count [B], ids [B, budget], log-probs [B, budget])."""
-    lengths, requests = jax.tree.map(lambda x: jax.reshard(x, spec('batch')), (lengths, requests))
-    table = row_table(len(tokens), (tokens.shape[1] + budget) // BUCKET)
-    loop = _prefill(model, jax.reshard(tokens, spec('batch', 'sequence')), lengths, table, budget)
-    slots = jnp.arange(budget)
+        def put(array, values):
+            return jnp.where(ran, values[row], array[0])[None]
 
-    def draw(loop: Loop) -> tuple[Loop, jax.Array]:
-        logits = jax.reshard(model.logits(loop.hidden[:, None])[:, 0], spec('batch', None))
-        ids, logprobs = sample(logits, token_keys(requests.seeds, requests.samples, loop.count), requests.temperature, num_valid)
-        here = (slots == loop.count[:, None]) & loop.active[:, None]
-        stopped = (ids[:, None] == requests.stop_ids).any(-1) | (ids < 0)
-        count = loop.count + loop.active
-        loop = dataclasses.replace(loop, count=count, ids=jnp.where(here, ids[:, None], loop.ids),
-                                   logprobs=jnp.where(here, logprobs[:, None], loop.logprobs),
-                                   active=loop.active & ~stopped & (count < requests.max_tokens))
-        return loop, jnp.maximum(ids, 0)
+        def append(array, values):
+            if array is None:
+                return None
+            values = values[row][:, None]
+            return jnp.where(here.reshape(here.shape + (1,) * (values.ndim - 2)), values, array[0])[None]
 
-    def body(loop: Loop) -> Loop:
-        loop, ids = draw(loop)
-        positions = (lengths + loop.count - 1)[:, None]
-        hidden, cache = model.decode(jax.reshard(ids[:, None], spec('batch', None)), positions, loop.cache, table)
-        return dataclasses.replace(loop, hidden=hidden[:, 0], cache=cache)
+        ended = (draw.ids < 0) | (draw.ids[:, None] == rows.stop_ids).any(1) | (rows.drawn + 1 >= rows.limit)
+        pool = dataclasses.replace(pool, active=put(pool.active, ~ended), token=put(pool.token, jnp.maximum(draw.ids, 0)),
+                                   position=put(pool.position, rows.position + 1), drawn=put(pool.drawn, rows.drawn + 1))
+        return pool, Drawn(drawn.count + ran, append(drawn.ids, draw.ids), append(drawn.logprobs, draw.logprobs),
+                           append(drawn.entropies, draw.entropies), append(drawn.top_ids, draw.top_ids),
+                           append(drawn.top_logprobs, draw.top_logprobs), drawn.steps + 1, drawn.rows + jnp.sum(rows.active))
 
-    loop = jax.lax.while_loop(lambda loop: loop.active.any(), body, loop)
-    # Whole on every device: each process can then read it, whichever rows its own devices hold.
-    return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), (loop.count, loop.ids, loop.logprobs))
+    return jax.shard_map(local, in_specs=(spec('batch'),) * 4, out_specs=spec('batch'), check_vma=False)(pool, drawn, rows, draw)

@@ -13,7 +13,7 @@ from qedjax.checkpoint.load import load_model, load_tokenizer, read_generation_c
 from qedjax.data.chat import OPEN, num_valid_ids, prompt_ids, split_thinking, stop_ids
 from qedjax.metrics import Progress
 from qedjax.model.config import ModelConfig
-from qedjax.rollout.decode import check, generate
+from qedjax.rollout.static import check, generate
 from qedjax.sharding import MeshConfig, make_mesh
 from qedjax.types import Completion, SamplingParams
 

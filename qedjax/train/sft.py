@@ -22,7 +22,8 @@ from qedjax.data.sources import CHAT, PAIR, Source, read_rows
 from qedjax.metrics import MetricWriter, Progress, mfu, write_run_files
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
-from qedjax.rollout.decode import MIN_TEMPERATURE, generate
+from qedjax.rollout.requests import MIN_TEMPERATURE
+from qedjax.rollout.static import generate
 from qedjax.sharding import MeshConfig, abstract, create, make_mesh, move, without_context
 from qedjax.train import optimizer as optimizers
 from qedjax.train.losses import next_token_loss
