@@ -1,6 +1,6 @@
 """Sampling from a checkpoint: JSONL in, JSONL out.
 
-python launch/generate.py --checkpoint=DIR --input=problems.jsonl --output=proofs.jsonl [--temperature=0.8 --max_tokens=2048 --n=4]
+python launch/generate.py --checkpoint=DIR --input=problems.jsonl --output=proofs.jsonl [--max_tokens=2048 --n=4 --slots=64]
 
 Each input row has `prompt` (text) or `messages`; other columns are carried over. Each output row adds `completions`: text, reasoning,
 finish_reason, token ids and log-probs. --checkpoint is a Hugging Face folder, or a workdir, checkpoint folder or step of ours.
@@ -9,8 +9,8 @@ finish_reason, token ids and log-probs. --checkpoint is a Hugging Face folder, o
 from absl import flags
 
 from qedjax import cli
+from qedjax.rollout.engine_config import EngineConfig
 from qedjax.rollout.generate import generate_file
-from qedjax.sharding import MeshConfig
 from qedjax.types import SamplingParams
 
 CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Hugging Face folder or Orbax checkpoint.', required=True)
@@ -20,16 +20,22 @@ TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 is greedy.')
 MAX_TOKENS = flags.DEFINE_integer('max_tokens', 1024, 'Most tokens a completion.')
 N = flags.DEFINE_integer('n', 1, 'Completions a prompt.')
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of the run.')
-BATCH = flags.DEFINE_integer('batch', 16, 'Completions decoded together.')
+TOP_K = flags.DEFINE_integer('top_k', 0, 'Choose among the k most likely ids; 0 is off.')
+TOP_P = flags.DEFINE_float('top_p', 1.0, 'Choose among the most likely ids that hold this share; 1 is off.')
+MIN_P = flags.DEFINE_float('min_p', 0.0, 'Choose among ids this likely relative to the likeliest; 0 is off.')
+STOP = flags.DEFINE_multi_string('stop', [], 'String that ends a completion; may be repeated.')
+SLOTS = flags.DEFINE_integer('slots', 16, 'Completions decoded together.')
+CACHE_TOKENS = flags.DEFINE_integer('cache_tokens', 0, 'Positions that the cache holds; 0 is enough for all slots at full length.')
 THINKING = flags.DEFINE_bool('thinking', None, 'Ask the chat template for thinking on or off; unset is its default.')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of weights, activations and cache.')
 TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that share the heads; the other devices share the completions.')
 
 
 def main(_) -> None:
-    params = SamplingParams(TEMPERATURE.value, MAX_TOKENS.value, SEED.value)
-    generate_file(CHECKPOINT.value, INPUT.value, OUTPUT.value, params, n=N.value, batch=BATCH.value, thinking=THINKING.value,
-                  dtype=DTYPE.value, mesh_config=MeshConfig(fsdp=1, data=-1, tensor=TENSOR.value))
+    params = SamplingParams(TEMPERATURE.value, MAX_TOKENS.value, SEED.value, stop=tuple(STOP.value), top_k=TOP_K.value,
+                            top_p=TOP_P.value, min_p=MIN_P.value)
+    generate_file(CHECKPOINT.value, INPUT.value, OUTPUT.value, params, n=N.value, thinking=THINKING.value, dtype=DTYPE.value,
+                  engine_config=EngineConfig(slots=SLOTS.value, staged=SLOTS.value, cache_tokens=CACHE_TOKENS.value), tensor=TENSOR.value)
 
 
 if __name__ == '__main__':

@@ -9,10 +9,8 @@ import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 
 from qedjax.checkpoint.hf import save_hf, verify_hf
 from qedjax.checkpoint.load import HF_FILES, load_model, load_tokenizer, saved_config
@@ -24,9 +22,9 @@ from qedjax.grading.grade import FULL
 from qedjax.grading.rubric import render
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
-from qedjax.rollout.generate import decode
-from qedjax.rollout.static import generate
-from qedjax.sharding import MeshConfig, make_mesh
+from qedjax.rollout.engine import Engine
+from qedjax.rollout.engine_config import EngineConfig
+from qedjax.sharding import MeshConfig, make_mesh, rollout_mesh_of_all
 from qedjax.testing import tiny_tokenizer
 from qedjax.train.optimizer import OptimizerConfig
 from qedjax.train.sft import SFTConfig, train
@@ -91,7 +89,7 @@ def run(cfg: QuickstartConfig, workdir: str | pathlib.Path) -> dict[str, dict[st
     logging.info('3/4 sampling and grading held-out problems')
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
     model = load_model(sft, mesh, saved_config(sft))
-    sampler = sample_proofs(model, load_tokenizer(sft), mesh, cfg.max_tokens, cfg.seed)
+    sampler = sample_proofs(model, load_tokenizer(sft), cfg.max_tokens, cfg.seed)
     scores: dict[str, dict[str, Score]] = {'teacher': {}, 'SFT': {}}
     (workdir / 'samples.jsonl').unlink(missing_ok=True)  # of a run that was interrupted here
     for kind, (low, high) in KINDS.items():
@@ -118,16 +116,16 @@ def write_data(cfg: QuickstartConfig, folder: pathlib.Path) -> None:
         (folder / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
 
-def sample_proofs(model: Transformer, tokenizer, mesh: Mesh, max_tokens: int, seed: int) -> Callable[[Sequence[Problem]], list[Completion]]:
+def sample_proofs(model: Transformer, tokenizer, max_tokens: int, seed: int) -> Callable[[Sequence[Problem]], list[Completion]]:
     """A function from problems to one sampled proof each, at temperature 1."""
-    params = SamplingParams(1.0, max_tokens, seed, stop_ids(tokenizer))
+    params, mesh = SamplingParams(1.0, max_tokens, seed, stop_ids(tokenizer)), rollout_mesh_of_all(1)
+    shards = mesh.shape['data']
+    config = EngineConfig(slots=-(-32 // shards) * shards, staged=-(-32 // shards) * shards, prefill_tokens=2048)
+    engine = Engine(model, mesh, config, num_valid_ids(tokenizer), tokenizer)
 
     def sampler(chosen: Sequence[Problem]) -> list[Completion]:
         prompts = [prompt_ids(tokenizer, [{'role': 'user', 'content': problem.text}]) for problem in chosen]
-        with jax.set_mesh(mesh):
-            results = generate(model, prompts, [params] * len(prompts), num_valid=num_valid_ids(tokenizer), batch=64,
-                               samples=range(len(prompts)))
-        return [decode(tokenizer, result) for result in results]
+        return engine.generate(prompts, [dataclasses.replace(params, sample=i) for i in range(len(prompts))])
 
     return sampler
 

@@ -78,6 +78,14 @@ def make_rollout_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Devi
     return _explicit_mesh((data, tensor), ROLLOUT_AXES, devices[: data * tensor])
 
 
+def rollout_mesh_of_all(tensor: int) -> Mesh:
+    """Rollout mesh over all devices of this process, `tensor` of them sharing the heads."""
+    devices = jax.local_devices()
+    if tensor < 1 or len(devices) % tensor:
+        raise ValueError(f'tensor={tensor} must divide the {len(devices)} devices of this process')
+    return make_rollout_mesh(len(devices) // tensor, tensor, devices)
+
+
 def without_context(mesh: Mesh) -> Mesh:
     """The same devices with the context axis folded into fsdp: for decoding, whose rows have one position at a time."""
     data, fsdp, context, tensor = (mesh.shape[axis] for axis in TRAIN_AXES)

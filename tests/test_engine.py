@@ -166,6 +166,19 @@ def test_stop_strings_streams_and_texts(engine):
     assert stop not in tokenizer.decode(got.ids[:-1])
 
 
+def test_the_stop_id_has_no_text_and_spaces_stay(engine):
+    tokenizer = engine.tokenizer
+    ids = tokenizer.encode("a , b ' s do n't", add_special_tokens=False)
+    tokenizer.clean_up_tokenization_spaces = True
+    params = SamplingParams(0.0, 40, stop_ids=(EOS,))
+    for drawn, text in (([*ids, EOS], "a , b ' s do n't"), (ids, "a , b ' s do n't")):
+        request = engine.submit([1], params)
+        request.extend(0, drawn, [0.0] * len(drawn))
+        engine.cancel(request)
+        assert (request.completion.text, request.completion.ids) == (text, tuple(drawn))
+    tokenizer.clean_up_tokenization_spaces = False
+
+
 def replay(model, completion, temperature, num_valid=NUM_VALID):
     """The trainer's statistics of each id of a completion: log-probs, entropies."""
     ids = np.zeros((1, 192), np.int32)

@@ -13,12 +13,14 @@ from qedjax.checkpoint.manager import save_tree
 from qedjax.data.chat import prompt_ids
 from qedjax.model.transformer import Transformer
 from qedjax.rollout import generate as module
-from qedjax.rollout.generate import decode, generate_file
+from qedjax.rollout.engine_config import EngineConfig
+from qedjax.rollout.generate import generate_file
 from qedjax.sharding import MeshConfig, create, make_mesh
 from qedjax.testing import tiny_config, tiny_tokenizer
 from qedjax.types import SamplingParams
 
 PARAMS = SamplingParams(temperature=1.0, max_tokens=4, seed=3)
+SIZES = EngineConfig(slots=3, staged=1, steps=2, prefill_tokens=64, page_size=16)  # rounded up to the two shards of the mesh
 
 
 @pytest.fixture(scope='module')
@@ -36,7 +38,7 @@ def run(tmp_path_factory):
 def sample(run, folder, text, params=PARAMS, **kwargs):
     """The rows written for an input file of this text."""
     (folder / 'in.jsonl').write_bytes(text if isinstance(text, bytes) else text.encode())
-    kwargs = {'dtype': 'float32', 'mesh_config': MeshConfig(fsdp=1, data=-1), **kwargs}
+    kwargs = {'dtype': 'float32', 'tensor': 4, 'engine_config': SIZES, **kwargs}
     generate_file(str(run), str(folder / 'in.jsonl'), str(folder / 'out' / 'out.jsonl'), params, **kwargs)
     return [json.loads(line) for line in (folder / 'out' / 'out.jsonl').read_bytes().split(b'\n') if line]
 
@@ -59,14 +61,6 @@ def test_rows_come_back_whole_with_n_distinct_completions(run, tmp_path):
     assert sample(run, again, json.dumps(rows[0]), n=1)[0]['completions'][0]['ids'] == got[0]['completions'][0]['ids']
 
 
-def test_the_stop_token_has_no_text_and_spaces_stay():
-    tokenizer = tiny_tokenizer()
-    ids = (*tokenizer.encode("a , b ' s do n't"), tokenizer.eos_token_id)
-    tokenizer.clean_up_tokenization_spaces = True
-    assert decode(tokenizer, (ids, (0.0,) * len(ids), 'stop')).text == "a , b ' s do n't"
-    assert decode(tokenizer, (ids, (0.0,) * len(ids), 'length')).text == "a , b ' s do n't<|im_end|>"
-
-
 GOOD = '{"prompt": "1+1"}'
 BAD = [
     ('', {}, 'holds no rows'),
@@ -80,14 +74,15 @@ BAD = [
     ('{"prompt": "1", "messages": []}', {}, 'input row 1: messages must be a list of at least one'),
     ('{"messages": [{"role": "user"}]}', {}, 'input row 1: message 0'),
     (GOOD, {'n': 0}, 'n must be at least 1'),
-    (GOOD, {'batch': 0}, 'batch must be at least 1'),
-    (GOOD, {'batch': -3}, 'batch must be at least 1'),
+    (GOOD, {'engine_config': EngineConfig(slots=0)}, 'engine.slots must be at least 1'),
+    (GOOD, {'engine_config': EngineConfig(page_size=-3)}, 'engine.page_size must be at least 1'),
+    (GOOD, {'params': SamplingParams(top_p=2.0)}, 'the prompt of input row 1 asks for'),
     (GOOD, {'thinking': False}, 'always opens a think block'),
     (GOOD, {'params': SamplingParams(max_tokens=0)}, 'asks for max_tokens=0'),
     (GOOD, {'params': SamplingParams(max_tokens=256)}, 'the model has 256 positions'),
     (GOOD, {'params': SamplingParams(temperature=float('nan'))}, 'asks for temperature=nan'),
     (GOOD, {'params': SamplingParams(seed=-1)}, 'asks for seed=-1'),
-    (GOOD, {'mesh_config': MeshConfig(fsdp=1, data=-1, tensor=3)}, 'needs a multiple of 3 devices, but there are 8'),
+    (GOOD, {'tensor': 3}, 'tensor=3 must divide the 8 devices'),
 ]
 
 

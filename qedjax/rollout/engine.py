@@ -21,8 +21,8 @@ from qedjax.metrics import compilations
 from qedjax.model.cache import PagedCache
 from qedjax.model.transformer import Transformer
 from qedjax.rollout import decode
-from qedjax.rollout.engine_config import EngineConfig, Stats, prefill_shape, prefill_shapes, validate
-from qedjax.rollout.requests import Limits, Request, check_request
+from qedjax.rollout.engine_config import EngineConfig, Stats, limits_of, prefill_shape, prefill_shapes, validate
+from qedjax.rollout.requests import Request, check_request
 from qedjax.rollout.scheduler import Member, Prefix, Scheduler
 from qedjax.rollout.text import TextStream
 from qedjax.sharding import abstract, axis_size, create, spec
@@ -45,7 +45,7 @@ class Engine:
     """Serves requests from one model; a single thread may call it. Everything is compiled when it is made.
 
     Args:
-      model: parameters in any layout on the devices of `mesh`; they are copied into the rollout layout.
+      model: parameters in any layout on the devices of `mesh`; they are copied into the rollout layout, or taken over if `donate`.
       mesh: rollout mesh (sharding.make_rollout_mesh) over devices of this process.
       config: sizes.
       num_valid: ids that the tokenizer can decode.
@@ -54,15 +54,14 @@ class Engine:
     Raises ValueError for sizes that do not fit the model or the mesh.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, config: EngineConfig, num_valid: int, tokenizer: Any = None):
+    def __init__(self, model: Transformer, mesh: Mesh, config: EngineConfig, num_valid: int, tokenizer: Any = None, *,
+                 donate: bool = False):
         self.mesh, self.config, self.num_valid, self.tokenizer = mesh, config, num_valid, tokenizer
         with jax.set_mesh(mesh):
             self._shards = axis_size('batch')
-        max_length = config.max_length or model.cfg.max_positions
-        validate(config, self._shards, max_length, model.cfg)
-        if not 0 < num_valid <= model.cfg.vocab_size:
-            raise ValueError(f'the tokenizer has {num_valid} ids, but the model has only {model.cfg.vocab_size} rows')
-        self.limits = Limits(max_length, num_valid, config.max_stop_ids, config.max_bias)
+        validate(config, self._shards, model.cfg)
+        self.limits = limits_of(config, model.cfg, num_valid)
+        max_length = self.limits.max_length
         self._slots, members = config.slots // self._shards, (config.slots + config.staged) // self._shards
         # One page more than asked for: while a prompt is shared, its last page exists twice.
         pages = 1 + -(-(config.cache_tokens or config.slots * max_length) // (config.page_size * self._shards))
@@ -77,7 +76,7 @@ class Engine:
         self._pool = self._put(self._told)
         self._inflight: _Chunk | None = None
         self.version = 0
-        self.set_weights(model, 0)
+        self.set_weights(model, 0, donate=donate)
         self._warm_up()
 
     # What callers use.
@@ -108,16 +107,18 @@ class Engine:
         """Requests that have not ended."""
         return len(self._requests)
 
-    def set_weights(self, model: Transformer, version: int, refresh: bool = False) -> None:
+    def set_weights(self, model: Transformer, version: int, *, refresh: bool = False, donate: bool = False) -> None:
         """New weights from the next chunk on.
 
         Requests that have drawn ids keep their cache, which older weights wrote, unless `refresh`; all others start under the new
-        weights. `model` may live in another layout on the same devices; it is copied (and cast), never through the host.
+        weights. `model` may live in another layout on the same devices; it is copied (and cast), never through the host, or taken over
+        if `donate`: the caller must not use it again.
         """
-        leaves = [jax.device_put(leaf.astype(target.dtype), target.sharding, may_alias=False) for leaf, target in
-                  zip(jax.tree.leaves(model), jax.tree.leaves(self._target), strict=True)]
-        self._model = jax.tree.unflatten(jax.tree.structure(self._target), leaves)
         self._read()
+        self._model = None  # gone before the new weights come
+        leaves = [jax.device_put(leaf.astype(target.dtype), target.sharding, may_alias=False, donate=donate)
+                  for leaf, target in zip(jax.tree.leaves(model), jax.tree.leaves(self._target), strict=True)]
+        self._model = jax.tree.unflatten(jax.tree.structure(self._target), leaves)
         self._scheduler.renew(everyone=refresh)
         self.version = version
 
@@ -127,9 +128,11 @@ class Engine:
         for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
             check_request(prompt, p, self.limits, f'prompt {i}')
         requests = [self.submit(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-        while any(request.completion is None for request in requests):
-            self.step()
-            progress(sum(request.completion is not None for request in requests))
+        waiting = set(requests)
+        while waiting:
+            if ended := waiting.intersection(self.step()):
+                waiting -= ended
+                progress(len(requests) - len(waiting))
         return [request.completion for request in requests if request.completion]
 
     def step(self) -> list[Request]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from qedjax.model.config import ModelConfig
+from qedjax.rollout.requests import Limits
 
 ROWS = (16, 4, 1)  # rows a prefill call may have; their length is what prefill_tokens leaves
 
@@ -65,7 +66,14 @@ class Stats:
     worked: float = 0.0
 
 
-def validate(config: EngineConfig, shards: int, max_length: int, cfg: ModelConfig) -> None:
+def limits_of(config: EngineConfig, cfg: ModelConfig, num_valid: int) -> Limits:
+    """What requests an engine of these sizes takes. Raises ValueError for more decodable ids than the model has rows."""
+    if not 0 < num_valid <= cfg.vocab_size:
+        raise ValueError(f'the tokenizer has {num_valid} ids, but the model has only {cfg.vocab_size} rows')
+    return Limits(config.max_length or cfg.max_positions, num_valid, config.max_stop_ids, config.max_bias)
+
+
+def validate(config: EngineConfig, shards: int, cfg: ModelConfig) -> None:
     """Raises ValueError, in one sentence, for sizes that do not fit each other, the mesh or the model."""
     for name in ('slots', 'page_size', 'steps', 'prefill_tokens', 'max_stop_ids', 'max_bias'):
         if getattr(config, name) < 1:
@@ -75,8 +83,8 @@ def validate(config: EngineConfig, shards: int, max_length: int, cfg: ModelConfi
             raise ValueError(f'engine.{name} must not be negative, but is {getattr(config, name)}')
     if config.slots % shards or config.staged % shards:
         raise ValueError(f'engine.slots={config.slots} and engine.staged={config.staged} must be multiples of the {shards} data shards')
-    if max_length > cfg.max_positions:
-        raise ValueError(f'engine.max_length={max_length} is more than the {cfg.max_positions} positions of the model')
+    if config.max_length > cfg.max_positions:
+        raise ValueError(f'engine.max_length={config.max_length} is more than the {cfg.max_positions} positions of the model')
     if config.prefill_tokens % ROWS[0]:
         raise ValueError(f'engine.prefill_tokens={config.prefill_tokens} must be a multiple of {ROWS[0]}')
 

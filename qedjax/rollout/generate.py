@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -13,46 +13,55 @@ from qedjax.checkpoint.load import load_model, load_tokenizer, read_generation_c
 from qedjax.data.chat import OPEN, num_valid_ids, prompt_ids, split_thinking, stop_ids
 from qedjax.metrics import Progress
 from qedjax.model.config import ModelConfig
-from qedjax.rollout.static import check, generate
-from qedjax.sharding import MeshConfig, make_mesh
+from qedjax.rollout.engine import Engine
+from qedjax.rollout.engine_config import EngineConfig, limits_of, validate
+from qedjax.rollout.requests import check_request
+from qedjax.sharding import rollout_mesh_of_all
 from qedjax.types import Completion, SamplingParams
 
 
-def generate_file(checkpoint: str, input_path: str, output_path: str, params: SamplingParams, *, n: int = 1, batch: int = 16,
-                  thinking: bool | None = None, dtype: str = 'bfloat16', mesh_config: MeshConfig | None = None) -> None:
+def generate_file(checkpoint: str, input_path: str, output_path: str, params: SamplingParams, *, n: int = 1,
+                  engine_config: EngineConfig | None = None, thinking: bool | None = None, dtype: str = 'bfloat16',
+                  tensor: int = 1) -> None:
     """Samples n completions for each row of a JSONL file and writes the rows, with `completions` added, to another.
 
-    Rows hold `prompt` (text) or `messages`. Sample i of a row is drawn with sample index row * n + i, so all differ under one seed.
-    Raises ValueError for a missing or wrong file, row or checkpoint, and OSError for an output that cannot be written, before weights are
-    read and anything is compiled; the output appears when it is whole.
+    Rows hold `prompt` (text) or `messages`. Sample i of a row is drawn with sample index row * n + i, so all differ under one seed. An
+    engine_config without max_length gets the longest that a row may need. `tensor` devices share the heads, the others the requests.
+    Raises ValueError for a missing or wrong file, row, size or checkpoint, and OSError for an output that cannot be written, before
+    weights are read and anything is compiled; the output appears when it is whole.
     """
     rows = _read(input_path)
     if n < 1:
         raise ValueError(f'n must be at least 1, not {n}')
-    cfg = resolve_config(checkpoint, ModelConfig(param_dtype=dtype, dtype=dtype, remat='none'))
+    kernel = 'ragged' if jax.default_backend() == 'tpu' else 'xla'
+    cfg = resolve_config(checkpoint, ModelConfig(param_dtype=dtype, dtype=dtype, remat='none', paged_attention=kernel))
     tokenizer = load_tokenizer(checkpoint)
     num_valid = num_valid_ids(tokenizer)
     prompts = [_encode(i, row, tokenizer, thinking) for i, row in enumerate(rows, 1)]
     params = dataclasses.replace(params, stop_ids=stop_ids(tokenizer, read_generation_config(checkpoint)))
-    check(cfg, prompts, [params] * len(prompts), num_valid, batch)
-    mesh = make_mesh(mesh_config or MeshConfig())
-    prompts = [prompt for prompt in prompts for _ in range(n)]
+    mesh = rollout_mesh_of_all(tensor)
+    config = _sizes(engine_config or EngineConfig(), cfg, mesh, prompts, params)
+    limits = limits_of(config, cfg, num_valid)
+    for i, prompt in enumerate(prompts, 1):
+        check_request(prompt, params, limits, f'the prompt of input row {i}')
     with _whole(pathlib.Path(output_path)) as file:
-        model = load_model(checkpoint, mesh, cfg)
-        progress = Progress('generate', len(prompts))
-        with jax.set_mesh(mesh):
-            results = generate(model, prompts, [params] * len(prompts), num_valid=num_valid, batch=batch, samples=range(len(prompts)),
-                               progress=progress.update)
-        completions = [_describe(tokenizer, prompt, result) for prompt, result in zip(prompts, results, strict=True)]
+        engine = Engine(load_model(checkpoint, mesh, cfg), mesh, config, num_valid, tokenizer, donate=True)
+        progress = Progress('generate', len(prompts) * n)
+        requests = [prompt for prompt in prompts for _ in range(n)]
+        samples = [dataclasses.replace(params, sample=i) for i in range(len(requests))]
+        completions = [_describe(tokenizer, c) for c in engine.generate(requests, samples, progress.update)]
         for i, row in enumerate(rows):
             file.write(json.dumps(row | {'completions': completions[i * n : (i + 1) * n]}, ensure_ascii=False) + '\n')
 
 
-def decode(tokenizer, result: tuple[tuple[int, ...], tuple[float, ...], str]) -> Completion:
-    """A sampler's result with its text; the stop token has no text."""
-    ids, logprobs, reason = result
-    text = tokenizer.decode(ids[:-1] if reason == 'stop' else ids, clean_up_tokenization_spaces=False)
-    return Completion(text, ids, logprobs, reason)
+def _sizes(config: EngineConfig, cfg: ModelConfig, mesh, prompts: Sequence[Sequence[int]], params: SamplingParams) -> EngineConfig:
+    """The engine's sizes for this input: whole rows for every shard, and a max_length no longer than the input can use."""
+    shards = mesh.shape['data']
+    longest = max(map(len, prompts)) + (params.max_tokens or cfg.max_positions)
+    config = dataclasses.replace(config, slots=-(-config.slots // shards) * shards, staged=-(-config.staged // shards) * shards,
+                                 max_length=config.max_length or min(longest, cfg.max_positions))
+    validate(config, shards, cfg)
+    return config
 
 
 @contextlib.contextmanager
@@ -104,9 +113,8 @@ def _encode(number: int, row: dict[str, Any], tokenizer, thinking: bool | None) 
         raise ValueError(f'input row {number}: {error}') from error
 
 
-def _describe(tokenizer, prompt: tuple[int, ...], result) -> dict[str, Any]:
-    completion = decode(tokenizer, result)
-    opened = tokenizer.decode(prompt[-8:]).rstrip().endswith(OPEN)
+def _describe(tokenizer, completion: Completion) -> dict[str, Any]:
+    opened = tokenizer.decode(completion.prompt_ids[-8:]).rstrip().endswith(OPEN)
     thought = split_thinking(completion.text, opened)
     return {'text': completion.text, 'reasoning': thought.reasoning, 'answer': thought.answer, 'finish_reason': completion.finish_reason,
             'ids': completion.ids, 'logprobs': completion.logprobs}
