@@ -75,7 +75,7 @@ def attend(q: jax.Array, pages: jax.Array, table: jax.Array, positions: jax.Arra
         index = i * W + jnp.arange(W)
         row, block = work.row[index], work.block[index]
         page = 2 * table[row, block]
-        scores = jnp.einsum('WKQH,WKCH->WKQC', q[row], halves[page], preferred_element_type=jnp.float32) * H**-0.5
+        scores = jax.lax.platform_dependent(q[row], halves[page], cpu=_scores_cpu, default=_scores) * H**-0.5
         real = index < work.count
         seen = jnp.where(real[:, None], last[row] - block[:, None] * C, -1)[..., None] >= jnp.arange(C)
         scores = jnp.where(seen[:, None], scores, NEGATIVE)
@@ -93,6 +93,16 @@ def attend(q: jax.Array, pages: jax.Array, table: jax.Array, positions: jax.Arra
     _, total, out = jax.lax.fori_loop(0, (work.count[0] + W - 1) // W, step, start)
     out = (out / jnp.where(total == 0, 1.0, total)[..., None]).astype(q.dtype)
     return jnp.moveaxis(out.reshape(B, K, N // K, T, H), 3, 1).reshape(B, T, N, H)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    return jnp.einsum('WKQH,WKCH->WKQC', q, k, preferred_element_type=jnp.float32)
+
+
+def _scores_cpu(q: jax.Array, k: jax.Array) -> jax.Array:
+    """The same, with keys transposed while they are gathered: XLA's small products on CPUs do it again and again, at four times the cost."""
+    k = jax.lax.optimization_barrier(jnp.swapaxes(k, 2, 3))
+    return jnp.einsum('WKQH,WKHC->WKQC', q, k, preferred_element_type=jnp.float32)
 
 
 def _contain(sums: jax.Array, parts: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

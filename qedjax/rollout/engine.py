@@ -107,6 +107,11 @@ class Engine:
         """Requests that have not ended."""
         return len(self._requests)
 
+    @property
+    def queued(self) -> int:
+        """Requests that have no entry in the pool yet."""
+        return len(self._requests) - len(self._scheduler.member_of)
+
     def set_weights(self, model: Transformer, version: int, *, refresh: bool = False, donate: bool = False) -> None:
         """New weights from the next chunk on.
 
