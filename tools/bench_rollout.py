@@ -1,6 +1,6 @@
 """The rollout engine against transformers.generate and google-tunix's sampler: same weights, same requests, same slots.
 
-python tools/bench_rollout.py [--tunix_python=VENV/bin/python] [--requests=64,512] [--workloads=80:256,400:2048] [--device=gpu --preset=qwen3_0_6b]
+python tools/bench_rollout.py [--tunix_python=VENV/bin/python] [--requests=64,512] [--workloads=80:256,400:2048] [--preset=qwen3_0_6b]
 
 Request i wants exactly L_i ids, L log-normal (sigma 1) with the given mean and most, sampled at temperature 1; prompts have 8 to 64
 ids. Peers with static batches take the requests in order, 16 at a time, and each batch runs until its longest row is done: what they draw
@@ -30,7 +30,7 @@ from qedjax.types import SamplingParams
 REQUESTS = flags.DEFINE_list('requests', ['64', '512'], 'Numbers of requests.')
 WORKLOADS = flags.DEFINE_list('workloads', ['80:256', '400:2048'], 'mean:most of the completion lengths.')
 SLOTS = flags.DEFINE_integer('slots', 16, 'Requests decoded at a time, by everyone.')
-STEPS = flags.DEFINE_integer('steps', 32, 'Decode steps a call of the engine.')
+STEPS = flags.DEFINE_integer('steps', 16, 'Decode steps a call of the engine.')
 PAGE = flags.DEFINE_integer('page_size', 64, 'Positions a page of the engine.')
 PRESET = flags.DEFINE_enum('preset', 'tiny', ['tiny', 'qwen3_0_6b'], 'Shape of the model.')
 TUNIX = flags.DEFINE_string('tunix_python', None, 'Python of an environment with google-tunix; left out if unset.')

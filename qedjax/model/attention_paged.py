@@ -100,7 +100,7 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _scores_cpu(q: jax.Array, k: jax.Array) -> jax.Array:
-    """The same, with keys transposed while they are gathered: XLA's small products on CPUs do it again and again, at four times the cost."""
+    """The same, with keys transposed while they are gathered: XLA's small products on CPUs would do it at several times the cost."""
     k = jax.lax.optimization_barrier(jnp.swapaxes(k, 2, 3))
     return jnp.einsum('WKQH,WKHC->WKQC', q, k, preferred_element_type=jnp.float32)
 

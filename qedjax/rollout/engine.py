@@ -73,7 +73,8 @@ class Engine:
         self._told = blank_pool((self._shards, members), self._width, config)
         self._fresh = np.zeros((self._shards, members), bool)
         self._cache = create(lambda: PagedCache.create(model.cfg, pages, config.page_size), mesh)
-        self._pool = self._put(self._told)
+        self._pool, self._there = self._put(self._told), jax.tree.leaves(self._put((self._told, self._fresh)))
+        self._sent = [array.copy() for array in jax.tree.leaves((self._told, self._fresh))]
         self._inflight: _Chunk | None = None
         self.version = 0
         self.set_weights(model, 0, donate=donate)
@@ -253,7 +254,7 @@ class Engine:
         if not running:
             return None
         self._cache, self._pool, drawn = decode.decode(
-            self._model, self._cache, self._pool, self._put(told), self._put(self._fresh), **self._decode_sizes)
+            self._model, self._cache, self._pool, *self._put_told(), **self._decode_sizes)
         self._fresh[...] = False
         self.stats.chunks += 1
         return _Chunk(drawn, members, self.version)
@@ -286,10 +287,18 @@ class Engine:
                 'entropy': config.entropy}
 
     def _put(self, tree):
-        """Host arrays, the first dimension over the shards. Copies: the host goes on writing to its own."""
+        """Host arrays on the devices, the first dimension over the shards. Copies: the host goes on writing to its own."""
         with jax.set_mesh(self.mesh):
             shardings = jax.tree.map(lambda x: NamedSharding(self.mesh, spec('batch', *[None] * (x.ndim - 1))), tree)
         return jax.device_put(jax.tree.map(np.copy, tree), shardings)
+
+    def _put_told(self) -> tuple[decode.Pool, jax.Array]:
+        """The host's pool and `fresh` on the devices; only what has changed since the last time is sent."""
+        now, structure = jax.tree.flatten((self._told, self._fresh))
+        changed = [i for i, (array, sent) in enumerate(zip(now, self._sent, strict=True)) if not np.array_equal(array, sent)]
+        for i, there in zip(changed, self._put([now[i] for i in changed]), strict=True):
+            self._sent[i], self._there[i] = now[i].copy(), there
+        return jax.tree.unflatten(structure, self._there)
 
     def _warm_up(self) -> None:
         """Compiles every program that traffic can need, by running it on nothing."""
@@ -301,7 +310,7 @@ class Engine:
             none = np.zeros((self._shards, EDITS), np.int32)
             self._cache = decode.edit_pages(self._cache, none, none, none[:, 0])
             self._cache, self._pool, drawn = decode.decode(
-                self._model, self._cache, self._pool, self._put(self._told), self._put(self._fresh), **self._decode_sizes)
+                self._model, self._cache, self._pool, *self._put_told(), **self._decode_sizes)
         jax.device_get(drawn.count)
         self._compiled = compilations()
 
