@@ -18,7 +18,10 @@ from qedjax.model.attention import attend_packed
 from qedjax.model.embedding import lookup
 from qedjax.model.hf_config import from_hf, read_config
 from qedjax.model.rope import rope_angles
+from qedjax.rollout.engine import Engine
+from qedjax.rollout.engine_config import EngineConfig
 from qedjax.rollout.static import generate
+from qedjax.sharding import make_rollout_mesh
 from qedjax.testing import shared_data
 from qedjax.types import SamplingParams
 
@@ -133,3 +136,51 @@ def test_smollm2_on_real_proofs(mesh, torch_reference, smollm2):
     chat = [{'role': 'user', 'content': problems[0]['problem']}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)['input_ids']
     assert greedy(model, prompt, 64) == torch_reference.greedy(theirs, np.array(prompt), 64)
+
+
+def through_the_engine(model, prompts, lengths, slots, num_valid, seed):
+    """Greedy completions in shuffled order; a few requests are cancelled on the way and asked again."""
+    config = EngineConfig(slots=slots, staged=slots, max_length=192, page_size=16, steps=4, prefill_tokens=256)
+    engine = Engine(model, make_rollout_mesh(), config, num_valid)
+    rng = np.random.default_rng(seed)
+    order, done, cancelled = rng.permutation(len(prompts)).tolist(), {}, 0
+    requests = {engine.submit(prompts[i], SamplingParams(0.0, lengths[i])): i for i in order}
+    while engine.pending:
+        for request in engine.step():
+            done[requests[request]] = request.completion
+        if rng.random() < 0.5:
+            victim = list(requests)[rng.integers(len(requests))]
+            if victim.completion is None:
+                engine.cancel(victim)
+                cancelled += 1
+                requests[engine.submit(victim.prompt, victim.params)] = requests[victim]
+    assert cancelled > 3
+    return [list(done[i].ids) for i in range(len(prompts))]
+
+
+@pytest.mark.parity
+def test_200_greedy_requests_through_the_engine(mesh, torch_reference):
+    model = reference.seeded_model(reference.CASES['qwen3'])
+    theirs, rng = torch_reference.build(model), np.random.default_rng(0)
+    vocab = model.cfg.vocab_size
+    prompts = [rng.integers(0, vocab, n) for n in rng.integers(1, 120, 200)]
+    lengths = rng.integers(1, 40, 200).tolist()
+    want = [torch_reference.greedy(theirs, prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
+    for slots in (4, 16):
+        assert through_the_engine(model, prompts, lengths, slots, vocab, seed=slots) == want
+
+
+@pytest.mark.real
+def test_greedy_requests_of_smollm2_through_the_engine(mesh, torch_reference, smollm2):
+    """Its pad id is its EOS id, which means nothing to the engine. Parts of real proofs as prompts."""
+    cfg = dataclasses.replace(from_hf(read_config(smollm2)), dtype='float32', remat='none')
+    model, theirs = load_hf(smollm2, cfg, mesh), torch_reference.load(smollm2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    problems = json.loads((shared_data() / 'opc' / 'opc_sample_110_problems.json').read_text())
+    rng = np.random.default_rng(0)
+    prompts = [np.array(tokenizer(p['problem'])['input_ids'][: rng.integers(1, 100)]) for p in problems[:16]]
+    prompts[0] = np.append(prompts[0], tokenizer.eos_token_id)
+    lengths = rng.integers(4, 24, 16).tolist()
+    got = through_the_engine(model, prompts, lengths, 4, cfg.vocab_size, seed=1)
+    for prompt, length, ids in zip(prompts, lengths, got, strict=True):
+        assert ids == torch_reference.greedy(theirs, prompt, length)

@@ -1,0 +1,1 @@
+"""Language-model endpoints that speak one protocol."""

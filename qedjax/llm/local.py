@@ -1,0 +1,175 @@
+"""The in-process endpoint: any number of asyncio callers, one engine, and one thread that owns it.
+
+    callers (event loop) --commands--> queue --> thread: engine.submit / cancel / set_weights, engine.step --call_soon--> callers
+"""
+
+import asyncio
+import concurrent.futures
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from qedjax.data.chat import prompt_ids, stop_ids
+from qedjax.llm.client import EndpointError, Prompt
+from qedjax.model.transformer import Transformer
+from qedjax.rollout.engine import Engine
+from qedjax.rollout.requests import Request
+from qedjax.types import Completion, SamplingParams
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call under way: where its text, and last its completion or its error, are put for the caller."""
+
+    loop: asyncio.AbstractEventLoop
+    results: asyncio.Queue[str | Completion | Exception] = field(default_factory=asyncio.Queue)
+    request: Request | None = None
+
+    def put(self, result: str | Completion | Exception) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
+
+
+@dataclass(frozen=True)
+class _Command:
+    """Something for the thread to do, and whom to tell if it fails or is never done."""
+
+    run: Callable[[], Any]
+    fail: Callable[[Exception], Any]
+
+
+class LocalEndpoint:
+    """A LanguageModel over an engine that has a tokenizer. Use it as an async context manager, or close it.
+
+    Messages become ids by the tokenizer's chat template; then its stop ids hold unless the request has its own. Token ids are continued as
+    they are, with the request's stop ids alone.
+    """
+
+    def __init__(self, engine: Engine):
+        """Takes the engine over: nobody else may call it until the endpoint is closed. Raises ValueError without a tokenizer."""
+        if engine.tokenizer is None:
+            raise ValueError('the engine has no tokenizer: give it one to serve text')
+        self._engine, self._stop_ids = engine, stop_ids(engine.tokenizer)
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._calls: dict[Request, _Call] = {}
+        self._error: Exception | None = None
+        self._lock = threading.Lock()  # between a command that arrives and the thread's end: none is left unanswered
+        self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
+        self._thread.start()
+
+    async def complete(self, prompt: Prompt, params: SamplingParams) -> Completion:
+        """See LanguageModel."""
+        return [part async for part in self._results(prompt, params, streamed=False)][-1]
+
+    def stream(self, prompt: Prompt, params: SamplingParams) -> AsyncIterator[str | Completion]:
+        """See LanguageModel."""
+        return self._results(prompt, params, streamed=True)
+
+    async def set_weights(self, model: Transformer, version: int, **options: bool) -> None:
+        """Engine.set_weights between two chunks; returns when the new weights are in place."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def command() -> None:
+            self._engine.set_weights(model, version, **options)
+            done.set_result(None)
+
+        self._send(_Command(command, done.set_exception))
+        await asyncio.wrap_future(done)
+
+    async def close(self) -> None:
+        """Ends what is under way as cancelled, and the thread."""
+        with self._lock:
+            self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self.close()
+
+    async def _results(self, prompt: Prompt, params: SamplingParams, streamed: bool) -> AsyncIterator[Any]:
+        ids, params = self._encode(prompt, params)
+        call = _Call(asyncio.get_running_loop())
+
+        def command() -> None:
+            call.request = self._engine.submit(ids, params, call.put if streamed else None)
+            self._calls[call.request] = call
+
+        self._send(_Command(command, call.put))
+        finished = False
+        try:
+            while not finished:
+                result = await call.results.get()
+                finished = not isinstance(result, str)
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+        finally:
+            if not finished:  # the caller has gone
+                self._send(_Command(lambda: self._give_up(call), lambda error: None))
+
+    def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
+        if prompt and isinstance(prompt[0], int):
+            return list(prompt), params  # type: ignore[arg-type]
+        ids = prompt_ids(self._engine.tokenizer, prompt)  # type: ignore[arg-type]
+        return list(ids), replace(params, stop_ids=params.stop_ids or self._stop_ids)
+
+    def _give_up(self, call: _Call) -> None:
+        if call.request is not None:
+            self._calls.pop(call.request, None)
+            self._engine.cancel(call.request)
+
+    def _send(self, command: _Command) -> None:
+        """Gives the thread a command, which fails with an EndpointError if the thread has ended before."""
+        with self._lock:
+            if self._error is None:
+                self._commands.put(command)
+                return
+        command.fail(self._error)
+
+    def _run(self) -> None:
+        """The thread: commands between steps; waits where there is nothing to do."""
+        end = EndpointError('the endpoint is closed')
+        try:
+            while True:
+                while self._engine.pending == 0 or not self._commands.empty():
+                    command = self._commands.get()
+                    if command is None:
+                        return
+                    self._obey(command)
+                self._deliver()
+        except Exception as error:  # not an edge, but a thread's end: its callers, who wait, are the ones to tell
+            end = EndpointError(f'the engine failed: {error!r}')
+            end.__cause__ = error
+        finally:
+            self._finish(end)
+
+    def _obey(self, command: _Command) -> None:
+        try:  # what the engine refuses is its caller's business; anything else is the end of the thread too
+            command.run()
+        except Exception as error:
+            command.fail(error)
+            if not isinstance(error, ValueError):
+                raise
+
+    def _deliver(self) -> None:
+        for request in self._engine.step():
+            if (call := self._calls.pop(request, None)) and request.completion:
+                call.put(request.completion)
+
+    def _finish(self, end: EndpointError) -> None:
+        """Answers everyone who waits: with what there is if the endpoint was closed, with the error if the engine failed."""
+        with self._lock:
+            self._error = end
+        for request, call in list(self._calls.items()):
+            if end.__cause__ is None:
+                self._engine.cancel(request)
+                assert request.completion
+            call.put(end if request.completion is None else request.completion)
+        self._calls.clear()
+        while not self._commands.empty():
+            if command := self._commands.get():
+                command.fail(end)

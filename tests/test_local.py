@@ -1,0 +1,170 @@
+"""The in-process endpoint: many callers, one engine; nobody waits for ever, whatever goes wrong."""
+
+import asyncio
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from qedjax.data.chat import prompt_ids, stop_ids
+from qedjax.llm.client import EndpointError
+from qedjax.llm.local import LocalEndpoint
+from qedjax.model.transformer import Transformer
+from qedjax.rollout.engine import Engine
+from qedjax.rollout.engine_config import EngineConfig
+from qedjax.sharding import MeshConfig, create, make_mesh, make_rollout_mesh
+from qedjax.testing import tiny_config, tiny_tokenizer
+from qedjax.types import Completion, SamplingParams
+
+CONFIG = EngineConfig(slots=4, staged=4, max_length=160, cache_tokens=1280, page_size=16, steps=4, prefill_tokens=256)
+CHAT = [{'role': 'user', 'content': '1+1'}]
+
+
+def make_model(seed=0):
+    return create(lambda: Transformer(tiny_config(init_std=0.1), jax.random.key(seed)), make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+@pytest.fixture(scope='module')
+def engine():
+    return Engine(make_model(), make_rollout_mesh(), CONFIG, 300, tiny_tokenizer())
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing(engine):
+    """No thread and no request is left behind."""
+    yield
+    assert not [t for t in threading.enumerate() if t.name == 'engine']
+    engine.step()
+    assert engine.pending == 0
+
+
+def run(engine, body):
+    """Runs body(endpoint) to its end."""
+
+    async def main():
+        async with LocalEndpoint(engine) as endpoint:
+            return await body(endpoint)
+
+    return asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_many_callers_get_what_the_engine_gives(engine):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 300, rng.integers(1, 40)).tolist() for _ in range(64)]
+    params = [SamplingParams(1.0, int(rng.integers(1, 20)), seed=i) for i in range(64)]
+    want = engine.generate(prompts, params)
+
+    async def body(endpoint):
+        return await asyncio.gather(*(endpoint.complete(prompt, p) for prompt, p in zip(prompts, params, strict=True)))
+
+    got = run(engine, body)
+    assert [(c.ids, c.text, c.finish_reason) for c in got] == [(c.ids, c.text, c.finish_reason) for c in want]
+
+
+def test_messages_take_the_template_and_its_stop_ids(engine):
+    ids = prompt_ids(engine.tokenizer, CHAT)
+    stops = stop_ids(engine.tokenizer)
+    force = SamplingParams(0.0, 9, logit_bias=((stops[0], 1e9),))
+
+    async def body(endpoint):
+        return [await endpoint.complete(CHAT, force), await endpoint.complete(ids, force),
+                await endpoint.complete(CHAT, dataclasses.replace(force, stop_ids=(5,)))]
+
+    chat, raw, own = run(engine, body)
+    assert (chat.prompt_ids, chat.ids, chat.finish_reason, chat.text) == (ids, stops[:1], 'stop', '')
+    assert (raw.prompt_ids, len(raw.ids), raw.finish_reason) == (ids, 9, 'length')
+    assert len(own.ids) == 9
+
+
+def test_streams_are_the_text(engine):
+    params = SamplingParams(1.0, 60, seed=3)
+    text = engine.generate([[1, 2]], [params])[0].text
+    stop = next(text[i : i + 2] for i in range(15, len(text)) if '\ufffd' not in text[i : i + 2])
+
+    async def body(endpoint):
+        return [part async for part in endpoint.stream([1, 2], dataclasses.replace(params, stop=(stop,)))]
+
+    *pieces, completion = run(engine, body)
+    assert isinstance(completion, Completion)
+    assert len(pieces) > 1
+    assert ''.join(pieces) == completion.text == text[: text.index(stop)]
+
+
+def test_a_cancelled_task_gives_up_its_request_alone(engine):
+    async def body(endpoint):
+        tasks = [asyncio.create_task(endpoint.complete([1, 2, i], SamplingParams(1.0, 150, seed=i))) for i in range(6)]
+        await asyncio.sleep(0.05)
+        tasks[0].cancel()
+        tasks[3].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        async for _ in endpoint.stream([1], SamplingParams(1.0, 150)):
+            break  # a reader that leaves
+        return results
+
+    tokens = engine.stats.tokens
+    results = run(engine, body)
+    assert [isinstance(r, asyncio.CancelledError) for r in results] == [i in (0, 3) for i in range(6)]
+    assert all(len(r.ids) == 150 for i, r in enumerate(results) if i not in (0, 3))
+    assert engine.stats.tokens - tokens < 7 * 150
+
+
+def test_what_cannot_be_served_is_told_to_its_caller(engine):
+    async def body(endpoint):
+        with pytest.raises(ValueError, match='has 160 tokens'):
+            await endpoint.complete([1] * 160, SamplingParams(max_tokens=1))
+        with pytest.raises(ValueError, match='at least one'):
+            await endpoint.complete([], SamplingParams(max_tokens=1))
+        return await endpoint.complete([1], SamplingParams(max_tokens=3))
+
+    assert len(run(engine, body).ids) == 3
+
+
+def test_closing_ends_what_is_under_way_and_refuses_the_rest(engine):
+    async def body(endpoint):
+        task = asyncio.create_task(endpoint.complete([1, 2], SamplingParams(1.0, 150)))
+        await asyncio.sleep(0.05)
+        await endpoint.close()
+        with pytest.raises(EndpointError, match='is closed'):
+            await endpoint.complete([1], SamplingParams(max_tokens=1))
+        with pytest.raises(EndpointError, match='is closed'):
+            await endpoint.set_weights(None, 1)
+        return await task
+
+    assert run(engine, body).finish_reason == 'cancelled'
+
+
+def test_new_weights_between_chunks(engine):
+    old, new = make_model(0), make_model(1)
+
+    async def body(endpoint):
+        stream = endpoint.stream([1, 2], SamplingParams(1.0, 150))
+        await anext(stream)
+        await endpoint.set_weights(new, 5)
+        *_, first = [part async for part in stream]
+        second = await endpoint.complete([1, 2], SamplingParams(1.0, 5))
+        await endpoint.set_weights(old, 0)
+        return first, second
+
+    first, second = run(engine, body)
+    assert [version for version, _ in first.versions] == [0, 5]
+    assert second.versions == ((5, 5),)
+
+
+def test_a_failure_of_the_engine_reaches_everyone():
+    """Weights that are gone: the step fails, every caller is told, and so are those who come later."""
+    engine = Engine(make_model(), make_rollout_mesh(), CONFIG, 300, tiny_tokenizer())
+
+    async def body(endpoint):
+        tasks = [asyncio.create_task(endpoint.complete([1, i], SamplingParams(1.0, 100))) for i in range(3)]
+        await asyncio.sleep(0.05)
+        for leaf in jax.tree.leaves(engine._model):
+            leaf.delete()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(EndpointError, match='engine failed'):
+            await endpoint.complete([1], SamplingParams(max_tokens=1))
+        return results
+
+    results = run(engine, body)
+    assert all(isinstance(r, EndpointError) and 'deleted' in str(r) for r in results)
