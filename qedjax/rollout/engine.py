@@ -253,8 +253,9 @@ class Engine:
             told.table[where][: len(member.pages)] = member.pages
         if not running:
             return None
-        self._cache, self._pool, drawn = decode.decode(
-            self._model, self._cache, self._pool, *self._put_told(), **self._decode_sizes)
+        told, start = self._put_told(), time.perf_counter()
+        self._cache, self._pool, drawn = decode.decode(self._model, self._cache, self._pool, *told, **self._decode_sizes)
+        self.stats.waited += time.perf_counter() - start  # on GPUs a loop whose end is data runs while it is called
         self._fresh[...] = False
         self.stats.chunks += 1
         return _Chunk(drawn, members, self.version)

@@ -50,7 +50,7 @@ class Stats:
       prefill_tokens, prefill_positions: prompt ids prefilled, and positions computed for them.
       preemptions: requests that had to give their pages back and start again.
       compilations: programs compiled since warm-up, by whatever in this process.
-      waited: seconds in which the host waited for the device.
+      waited: seconds in decode calls and in waiting for what they drew.
       worked: all other seconds inside step.
     """
 
