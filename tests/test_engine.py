@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qedjax.metrics import compilations
 from qedjax.model.transformer import Transformer
 from qedjax.rollout import static
 from qedjax.rollout.engine import Engine, EngineConfig
@@ -381,9 +380,3 @@ def test_heavy_traffic_compiles_nothing_and_leaks_nothing(model):
     assert engine.stats.compilations == 0
     assert_idle(engine)
     assert len(jax.live_arrays()) <= before + 2
-
-
-def test_the_counter_counts():
-    before = compilations()
-    jax.jit(lambda x: x * 3 + 1)(jnp.arange(17))
-    assert compilations() > before

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qedjax import metrics
-from qedjax.metrics import MetricWriter, Progress, mfu, write_run_files
+from qedjax.metrics import MetricWriter, Progress, compilations, mfu, write_run_files
 
 
 def rows(workdir):
@@ -163,3 +163,9 @@ def test_mfu(kind, peak):
 def test_mfu_of_unknown_devices():
     assert mfu(1e12) is None
     assert metrics.mfu(1e12, types.SimpleNamespace(device_kind='TPU v2')) is None
+
+
+def test_compilations_are_counted():
+    before = compilations()
+    jax.jit(lambda x: x * 3 + 1)(np.arange(17))
+    assert compilations() > before
