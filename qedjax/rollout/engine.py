@@ -87,10 +87,10 @@ class Engine:
         check_request(prompt, params, self.limits)
         if (params.stop or on_text) and self.tokenizer is None:
             raise ValueError('stop strings and streams of text need a tokenizer: give one to the engine')
-        left = self.limits.max_length - len(prompt)
+        left = min(self.limits.max_length, self._scheduler.longest) - len(prompt)
         stream = TextStream(self.tokenizer, params.stop) if params.stop or on_text else None
         expires = np.inf if params.deadline is None else time.monotonic() + params.deadline
-        request = Request(np.asarray(prompt, np.int32), params, left if params.max_tokens is None else params.max_tokens,
+        request = Request(np.asarray(prompt, np.int32), params, max(left, 1) if params.max_tokens is None else params.max_tokens,
                           self._arrivals, expires, on_text, stream)
         self._scheduler.check(request)
         self._arrivals += 1
@@ -234,8 +234,8 @@ class Engine:
         values = {
             'token': request.ids[-1] if drawn else request.prompt[-1], 'position': request.length - 1, 'drawn': drawn,
             'limit': request.limit, 'arrival': request.arrival, 'seed': params.seed, 'sample': params.sample,
-            'min_tokens': params.min_tokens, 'temperature': params.temperature, 'top_k': params.top_k, 'top_p': params.top_p,
-            'min_p': params.min_p}
+            'min_tokens': min(params.min_tokens, request.limit), 'temperature': params.temperature, 'top_k': params.top_k,
+            'top_p': params.top_p, 'min_p': params.min_p}
         for name, value in values.items():
             getattr(told, name)[where] = value
         for array, row in ((told.stop_ids, params.stop_ids), (told.bias_ids, [i for i, _ in params.logit_bias]),
@@ -253,8 +253,8 @@ class Engine:
             told.table[where][: len(member.pages)] = member.pages
         if not running:
             return None
-        told, start = self._put_told(), time.perf_counter()
-        self._cache, self._pool, drawn = decode.decode(self._model, self._cache, self._pool, *told, **self._decode_sizes)
+        there, start = self._put_told(), time.perf_counter()
+        self._cache, self._pool, drawn = decode.decode(self._model, self._cache, self._pool, *there, **self._decode_sizes)
         self.stats.waited += time.perf_counter() - start  # on GPUs a loop whose end is data runs while it is called
         self._fresh[...] = False
         self.stats.chunks += 1

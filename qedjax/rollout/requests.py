@@ -10,6 +10,7 @@ import numpy as np
 from qedjax.rollout.text import TextStream
 from qedjax.types import Completion, SamplingParams
 
+MAX_BIAS = 1e30  # float32 still holds a logit beside it
 MIN_TEMPERATURE = 1e-3  # far below it, logits / temperature overflow: a NaN, which arg-max would take for the best
 
 
@@ -136,8 +137,8 @@ def _wrong_choice(params: SamplingParams, limits: Limits) -> str | None:
     if len(params.stop_ids) > limits.max_stop_ids or len(params.logit_bias) > limits.max_bias:
         return (f'has {len(params.stop_ids)} stop ids and {len(params.logit_bias)} biases, but the engine has places for '
                 f'{limits.max_stop_ids} and {limits.max_bias}; raise its max_stop_ids or max_bias')
-    if not all(math.isfinite(bias) for _, bias in params.logit_bias):
-        return 'has a bias that is not finite; 1e9 forces an id, -1e9 forbids it'
+    if not all(abs(bias) <= MAX_BIAS for _, bias in params.logit_bias):  # NaN too
+        return f'has a bias beyond {MAX_BIAS:g}; 1e9 forces an id, -1e9 forbids it'
     if params.deadline is not None and not params.deadline > 0:
         return f'has a deadline of {params.deadline} seconds; it must be positive'
     return None

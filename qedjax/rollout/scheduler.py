@@ -69,11 +69,16 @@ class Scheduler:
 
     # The queue.
 
+    @property
+    def longest(self) -> int:
+        """Positions of the longest request that fits a shard's cache if it is alone there."""
+        return (self.capacity - 1) * self.page_size  # a prompt's last page may exist twice
+
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that would not fit the cache of a shard if it were alone there."""
-        longest = len(request.prompt) + request.limit
-        if _pages(longest, self.page_size) >= self.capacity:
-            raise ValueError(f'the request may come to {longest} positions, but the cache of a shard holds {self.capacity - 1} pages of '
+        wanted = len(request.prompt) + request.limit
+        if wanted > self.longest:
+            raise ValueError(f'the request may come to {wanted} positions, but the cache of a shard holds {self.capacity - 1} pages of '
                              f'{self.page_size}; lower max_tokens or raise cache_tokens')
 
     def enqueue(self, request: Request) -> None:
