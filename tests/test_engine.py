@@ -17,7 +17,8 @@ from qedjax.types import SamplingParams
 
 NUM_VALID, EOS = 300, 299
 CFG = tiny_config(init_std=0.1)
-SMALL = EngineConfig(slots=4, staged=4, max_length=160, cache_tokens=1280, page_size=16, steps=4, prefill_tokens=256, max_bias=2)
+SMALL = EngineConfig(slots=4, staged=4, max_length=160, cache_tokens=1280, page_size=16, steps=4, prefill_tokens=64, prefill_rows=(4, 1),
+                     max_bias=2)
 
 
 def make_model(seed=0, **changes):
@@ -81,7 +82,7 @@ CONFIGS = {
     'one slot': ({'slots': 1, 'staged': 1, 'steps': 1}, (1, 1)),
     'many slots, long chunks': ({'slots': 16, 'staged': 0, 'steps': 32}, (1, 1)),
     'short of pages': ({'slots': 8, 'staged': 8, 'cache_tokens': 176, 'steps': 2, 'page_size': 4, 'max_length': 64}, (1, 1)),
-    'tensor': ({}, (1, 2)), 'data and tensor': ({'prefill_tokens': 64}, (2, 2)),
+    'tensor': ({}, (1, 2)), 'data and tensor': ({'prefill_tokens': 256, 'prefill_rows': (16, 1)}, (2, 2)),
 }
 
 
@@ -345,7 +346,7 @@ def test_a_prompt_one_short_of_the_limit_gets_its_one_token(engine):
 @pytest.mark.parametrize(('changes', 'message'), [
     ({'slots': 0}, 'engine.slots must be at least 1'), ({'staged': -1}, 'engine.staged must not be negative'),
     ({'slots': 3}, 'must be multiples of the 2 data shards'), ({'max_length': 5000}, 'more than the 4096 positions'),
-    ({'prefill_tokens': 100}, 'must be a multiple of 16')])
+    ({'prefill_tokens': 42}, 'must be a multiple of every one'), ({'prefill_rows': (4, 2)}, 'must fall and end with 1')])
 def test_sizes_that_do_not_fit_are_refused(model, changes, message):
     with pytest.raises(ValueError, match=message):
         Engine(model, make_rollout_mesh(2, 1), dataclasses.replace(SMALL, **changes), NUM_VALID)

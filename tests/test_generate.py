@@ -20,7 +20,7 @@ from qedjax.testing import tiny_config, tiny_tokenizer
 from qedjax.types import SamplingParams
 
 PARAMS = SamplingParams(temperature=1.0, max_tokens=4, seed=3)
-SIZES = EngineConfig(slots=3, staged=1, steps=2, prefill_tokens=64, page_size=16)  # rounded up to the two shards of the mesh
+SIZES = EngineConfig(slots=3, staged=1, steps=2, prefill_tokens=64, prefill_rows=(1,), page_size=16)  # rounded up to two shards
 
 
 @pytest.fixture(scope='module')

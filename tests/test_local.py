@@ -18,7 +18,7 @@ from qedjax.sharding import MeshConfig, create, make_mesh, make_rollout_mesh
 from qedjax.testing import tiny_config, tiny_tokenizer
 from qedjax.types import Completion, SamplingParams
 
-CONFIG = EngineConfig(slots=4, staged=4, max_length=160, cache_tokens=1280, page_size=16, steps=4, prefill_tokens=256)
+CONFIG = EngineConfig(slots=4, staged=4, max_length=160, cache_tokens=1280, page_size=16, steps=4, prefill_tokens=64, prefill_rows=(1,))
 CHAT = [{'role': 'user', 'content': '1+1'}]
 
 

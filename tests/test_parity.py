@@ -140,7 +140,7 @@ def test_smollm2_on_real_proofs(mesh, torch_reference, smollm2):
 
 def through_the_engine(model, prompts, lengths, slots, num_valid, seed):
     """Greedy completions in shuffled order; a few requests are cancelled on the way and asked again."""
-    config = EngineConfig(slots=slots, staged=slots, max_length=192, page_size=16, steps=4, prefill_tokens=256)
+    config = EngineConfig(slots=slots, staged=slots, max_length=192, page_size=16, steps=4, prefill_tokens=256, prefill_rows=(4, 1))
     engine = Engine(model, make_rollout_mesh(), config, num_valid)
     rng = np.random.default_rng(seed)
     order, done, cancelled = rng.permutation(len(prompts)).tolist(), {}, 0

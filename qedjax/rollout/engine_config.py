@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from qedjax.model.config import ModelConfig
 from qedjax.rollout.requests import Limits
 
-ROWS = (16, 4, 1)  # rows a prefill call may have; their length is what prefill_tokens leaves
-
 
 @dataclasses.dataclass(unsafe_hash=True)
 class EngineConfig:
@@ -21,6 +19,7 @@ class EngineConfig:
       page_size: positions a page.
       steps: decode steps a call: more cost less host time, fewer stream and react sooner.
       prefill_tokens: positions a prefill call.
+      prefill_rows: prompts a prefill call may take, most first; the more, the shorter they may be.
       max_stop_ids, max_bias: places a request has for stop ids and logit biases.
       top_logprobs: most likely ids reported beside each id.
       entropy: whether the entropy of each distribution is reported.
@@ -33,6 +32,7 @@ class EngineConfig:
     page_size: int = 64
     steps: int = 16
     prefill_tokens: int = 1024
+    prefill_rows: tuple[int, ...] = (16, 4, 1)
     max_stop_ids: int = 8
     max_bias: int = 8
     top_logprobs: int = 0
@@ -85,14 +85,17 @@ def validate(config: EngineConfig, shards: int, cfg: ModelConfig) -> None:
         raise ValueError(f'engine.slots={config.slots} and engine.staged={config.staged} must be multiples of the {shards} data shards')
     if config.max_length > cfg.max_positions:
         raise ValueError(f'engine.max_length={config.max_length} is more than the {cfg.max_positions} positions of the model')
-    if config.prefill_tokens % ROWS[0]:
-        raise ValueError(f'engine.prefill_tokens={config.prefill_tokens} must be a multiple of {ROWS[0]}')
+    if config.prefill_rows != tuple(sorted(config.prefill_rows, reverse=True)) or config.prefill_rows[-1:] != (1,):
+        raise ValueError(f'engine.prefill_rows={config.prefill_rows} must fall and end with 1')
+    if any(config.prefill_tokens % rows for rows in config.prefill_rows):
+        raise ValueError(f'engine.prefill_tokens={config.prefill_tokens} must be a multiple of every one of '
+                         f'prefill_rows={config.prefill_rows}')
 
 
 def prefill_shapes(config: EngineConfig) -> list[tuple[int, int]]:
     """(rows a shard, length) of every prefill program; the longer the rows, the fewer."""
-    lengths = [config.prefill_tokens // most for most in ROWS]
-    return [(rows, length) for length, most in zip(lengths, ROWS, strict=True) for rows in sorted(ROWS) if rows <= most]
+    choices = config.prefill_rows
+    return [(rows, config.prefill_tokens // most) for most in choices for rows in sorted(choices) if rows <= most]
 
 
 def prefill_shape(config: EngineConfig, left: Sequence[int], shards: int) -> tuple[int, int]:
