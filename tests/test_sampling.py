@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qedjax.rollout.sampling import Choice, _keep, plain_choice, sample, token_keys
+from qedjax.rollout.sampling import Choice, _keep, sample, token_keys
 from qedjax.sharding import make_rollout_mesh
 
 V, NUM_VALID, DRAWS = 50, 47, 20_000
@@ -169,9 +169,9 @@ def test_every_mesh_draws_the_same(shape):
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-6)
 
 
-def test_a_plain_choice_is_by_temperature_alone():
+def test_a_choice_by_temperature_alone():
     logits, keys = np.random.default_rng(3).normal(size=(2, V)).astype(np.float32), jax.random.split(jax.random.key(5), 2)
     with jax.set_mesh(make_rollout_mesh()):
         want = draw(logits, keys, choice([{'temperature': 0.5}, {'temperature': 0.0}]))
-        got = sample(logits, keys, plain_choice(jnp.array([0.5, 0.0])), NUM_VALID)
+        got = sample(logits, keys, Choice(jnp.array([0.5, 0.0])), NUM_VALID)
     np.testing.assert_array_equal(got.ids, want.ids)

@@ -6,6 +6,7 @@ vocabulary: 32 reductions, exact, and only in batches where some row asks for th
 """
 
 import dataclasses
+from typing import Any  # of a Choice whose fields are known to be there
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,18 @@ LOW, HIGH = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What each row asks of its choice, see SamplingParams: [B], and banned_ids, bias_ids and bias [B, n], where an id of -1 pads."""
+    """What each row asks of its choice, see SamplingParams: [B], and banned_ids, bias_ids and bias [B, n], where an id of -1 pads.
+
+    Without top_k, top_p and min_p, or without the last three, a program has no code for them and compiles sooner.
+    """
 
     temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    banned_ids: jax.Array
-    bias_ids: jax.Array
-    bias: jax.Array
+    top_k: jax.Array | None = None
+    top_p: jax.Array | None = None
+    min_p: jax.Array | None = None
+    banned_ids: jax.Array | None = None
+    bias_ids: jax.Array | None = None
+    bias: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -37,13 +41,6 @@ class Draw:
     entropies: jax.Array | None
     top_ids: jax.Array | None
     top_logprobs: jax.Array | None
-
-
-def plain_choice(temperature: jax.Array) -> Choice:
-    """A choice by temperature [B] alone."""
-    zeros = temperature * 0  # in the temperature's sharding
-    none = zeros[:, None].astype(jnp.int32) - 1
-    return Choice(temperature, zeros.astype(jnp.int32), zeros + 1, zeros, none, none, zeros[:, None])
 
 
 def sample(logits: jax.Array, keys: jax.Array, choice: Choice, num_valid: int, *, top: int = 0, entropy: bool = False) -> Draw:
@@ -63,8 +60,11 @@ def sample(logits: jax.Array, keys: jax.Array, choice: Choice, num_valid: int, *
     logits = jnp.where(valid, logits, -jnp.inf)
     scale = jnp.where(choice.temperature > 0, choice.temperature, 1.0)[:, None]
     logprobs = jax.nn.log_softmax(logits / scale)
-    scores = jax.lax.cond(_any_edit(choice), _edit, lambda scores, _: scores, logprobs, choice)
-    scores = jax.lax.cond(_any_cut(choice), _cut, lambda scores, _: scores, scores, choice)
+    scores = logprobs
+    if choice.bias_ids is not None:
+        scores = jax.lax.cond(_any_edit(choice), _edit, lambda scores, _: scores, scores, choice)
+    if choice.top_k is not None:
+        scores = jax.lax.cond(_any_cut(choice), _cut, lambda scores, _: scores, scores, choice)
     scores = jax.lax.cond(jnp.any(choice.temperature > 0), _add_noise, lambda scores, *_: scores, scores, keys, choice.temperature)
     chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     here = ids == chosen[:, None]
@@ -84,11 +84,11 @@ def token_keys(seeds: jax.Array, samples: jax.Array, position: jax.Array) -> jax
     return jax.vmap(key)(seeds, samples, position)
 
 
-def _any_edit(choice: Choice) -> jax.Array:
+def _any_edit(choice: Any) -> jax.Array:
     return jnp.any(choice.bias_ids >= 0) | jnp.any(choice.banned_ids >= 0)
 
 
-def _edit(scores: jax.Array, choice: Choice) -> jax.Array:
+def _edit(scores: jax.Array, choice: Any) -> jax.Array:
     """Adds biases, which are of logits, and bans ids."""
     ids = jnp.arange(scores.shape[-1])
     scale = jnp.where(choice.temperature > 0, choice.temperature, 1.0)[:, None]
@@ -99,11 +99,11 @@ def _edit(scores: jax.Array, choice: Choice) -> jax.Array:
     return scores
 
 
-def _any_cut(choice: Choice) -> jax.Array:
+def _any_cut(choice: Any) -> jax.Array:
     return jnp.any(((choice.top_k > 0) | (choice.top_p < 1) | (choice.min_p > 0)) & (choice.temperature > 0))
 
 
-def _cut(scores: jax.Array, choice: Choice) -> jax.Array:
+def _cut(scores: jax.Array, choice: Any) -> jax.Array:
     """Leaves the top k of scores [B, V], then the fewest of those that hold top_p of their mass, then those within min_p of the best."""
 
     def cut(scores):

@@ -20,7 +20,7 @@ from qedjax.model.cache import PagedCache, row_table
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
 from qedjax.rollout.requests import Limits, check_request
-from qedjax.rollout.sampling import plain_choice, sample, token_keys
+from qedjax.rollout.sampling import Choice, sample, token_keys
 from qedjax.sharding import axis_size, spec
 from qedjax.types import SamplingParams
 
@@ -147,7 +147,7 @@ def _complete(model: Transformer, tokens: jax.Array, lengths: jax.Array, request
 
     def draw(loop: Loop) -> tuple[Loop, jax.Array]:
         logits = jax.reshard(model.logits(loop.hidden[:, None])[:, 0], spec('batch', None))
-        draw = sample(logits, token_keys(requests.seeds, requests.samples, loop.count), plain_choice(requests.temperature), num_valid)
+        draw = sample(logits, token_keys(requests.seeds, requests.samples, loop.count), Choice(requests.temperature), num_valid)
         ids, logprobs = draw.ids, draw.logprobs
         here = (slots == loop.count[:, None]) & loop.active[:, None]
         stopped = (ids[:, None] == requests.stop_ids).any(-1) | (ids < 0)
