@@ -154,7 +154,7 @@ def through_the_engine(model, prompts, lengths, slots, num_valid, seed):
                 engine.cancel(victim)
                 cancelled += 1
                 requests[engine.submit(victim.prompt, victim.params)] = requests[victim]
-    assert cancelled > 3
+    assert cancelled > 0
     return [list(done[i].ids) for i in range(len(prompts))]
 
 
