@@ -68,7 +68,7 @@ class SamplingParams:
       min_p: choose among ids at least min_p times as likely as the most likely one; 0 is off.
       min_tokens: no stop id is chosen before this many ids.
       logit_bias: (id, bias) pairs, added to the logits before the choice.
-      sample: index of this request among the samples of one prompt, in [0, 2^32).
+      sample: index of this request among the samples of one prompt, in [0, 2^31).
       deadline: seconds from submission after which the request ends with what it has; None is never.
 
     top_k, top_p, min_p, min_tokens and logit_bias bear on the choice alone: log-probs stay those of the whole distribution.

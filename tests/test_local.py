@@ -152,6 +152,27 @@ def test_new_weights_between_chunks(engine):
     assert second.versions == ((5, 5),)
 
 
+def test_weights_that_come_with_the_last_id_hold_nobody_up(engine):
+    """The swap reads the chunk that ends the last request: its caller is told all the same. Swaps that are given up harm nobody."""
+    weights = make_model(0)
+
+    async def body(endpoint):
+        for count in range(1, 9):
+            task = asyncio.create_task(endpoint.complete([1, 2], SamplingParams(1.0, count)))
+            await asyncio.sleep(0.002 * count)
+            swap = asyncio.create_task(endpoint.set_weights(weights, 0))
+            if count % 2:
+                await asyncio.sleep(0)
+                swap.cancel()
+            assert len((await asyncio.wait_for(task, 30)).ids) == count
+            await asyncio.gather(swap, return_exceptions=True)
+        with pytest.raises(ValueError, match='of another model'):
+            await endpoint.set_weights(jax.tree.map(lambda x: x[:1], weights), 1)
+        return await endpoint.complete([1, 2], SamplingParams(1.0, 3))
+
+    assert len(run(engine, body).ids) == 3
+
+
 def test_a_failure_of_the_engine_reaches_everyone():
     """Weights that are gone: the step fails, every caller is told, and so are those who come later."""
     engine = Engine(make_model(), make_rollout_mesh(), CONFIG, 300, tiny_tokenizer())

@@ -66,7 +66,7 @@ def test_everyone_is_served_and_every_page_comes_back(seed, shards, slots, stage
     left = set(waiting)
     for _ in range(2000):
         if waiting and rng.random() < 0.6:
-            scheduler.check(waiting[0])
+            scheduler.check(waiting[0].length + waiting[0].limit, 'it')
             scheduler.enqueue(waiting.pop(0))
         left -= set(turn(scheduler, slots))
         if left and rng.random() < 0.1:
@@ -117,6 +117,6 @@ def test_the_youngest_gives_way():
 
 def test_what_no_shard_could_hold_is_refused():
     scheduler = Scheduler(1, 2, 5, SIZE, STEPS)
-    scheduler.check(request(0, length=10, limit=6))
+    scheduler.check(16, 'it')
     with pytest.raises(ValueError, match='may come to 17 positions, but the cache of a shard holds 4 pages of 4'):
-        scheduler.check(request(0, length=10, limit=7))
+        scheduler.check(17, 'it')

@@ -5,6 +5,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -28,7 +29,7 @@ class _Call:
     request: Request | None = None
 
     def put(self, result: str | Completion | Exception) -> None:
-        if not self.loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits
             self.loop.call_soon_threadsafe(self.results.put_nowait, result)
 
 
@@ -72,10 +73,11 @@ class LocalEndpoint:
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def command() -> None:
-            self._engine.set_weights(model, version, **options)
-            done.set_result(None)
+            if done.set_running_or_notify_cancel():  # a caller that gave up before does not get its weights
+                self._engine.set_weights(model, version, **options)
+                done.set_result(None)
 
-        self._send(_Command(command, done.set_exception))
+        self._send(_Command(command, lambda error: None if done.cancelled() else done.set_exception(error)))
         await asyncio.wrap_future(done)
 
     async def close(self) -> None:
@@ -135,7 +137,7 @@ class LocalEndpoint:
         end = EndpointError('the endpoint is closed')
         try:
             while True:
-                while self._engine.pending == 0 or not self._commands.empty():
+                while self._engine.idle or not self._commands.empty():
                     command = self._commands.get()
                     if command is None:
                         return

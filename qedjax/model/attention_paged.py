@@ -82,7 +82,9 @@ def attend(q: jax.Array, pages: jax.Array, table: jax.Array, positions: jax.Arra
         own = (row == jnp.arange(B)[:, None]) & real  # [B, W]
         new_highest = jnp.maximum(highest, jnp.where(own[:, :, None, None], scores.max(-1), NEGATIVE).max(1))
         weights = jnp.where(seen[:, None], jnp.exp(scores - new_highest[row][..., None]), 0.0)
-        parts = jnp.einsum('WKQC,WKCH->WKQH', weights.astype(q.dtype), halves[page + 1], preferred_element_type=jnp.float32)
+        # What nobody has written yet may hold anything of a former owner's: zero times its NaN would be NaN.
+        values = jnp.where(seen.any(1)[:, None, :, None], halves[page + 1], 0)
+        parts = jnp.einsum('WKQC,WKCH->WKQH', weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
         sums, parts, poison = _contain(weights.sum(-1), parts, own)
         own, decay = own.astype(jnp.float32), jnp.exp(highest - new_highest)
         total = total * decay + jnp.einsum('BW,WKQ->BKQ', own, sums, precision='highest') + poison[:, None, None]

@@ -125,7 +125,10 @@ def decode(model: Transformer, cache: PagedCache, pool: Pool, told: Pool, fresh:
         hidden, cache = model.decode(rows.token[:, None], jnp.where(live, rows.position, -1)[:, None], cache, rows.table)
         logits = jax.reshard(model.logits(hidden)[:, 0], spec('batch', None))
         banned = jnp.where((rows.drawn < rows.min_tokens)[:, None], rows.stop_ids, -1)
-        choice = Choice(rows.temperature, rows.top_k, rows.top_p, rows.min_p, banned, rows.bias_ids, rows.bias)
+        # An idle row must not ask for anything: what no live row needs is not computed.
+        choice = Choice(jnp.where(live, rows.temperature, 0), jnp.where(live, rows.top_k, 0), jnp.where(live, rows.top_p, 1),
+                        jnp.where(live, rows.min_p, 0), jnp.where(live[:, None], banned, -1),
+                        jnp.where(live[:, None], rows.bias_ids, -1), rows.bias)
         draw = sample(logits, token_keys(rows.seed, rows.sample, rows.drawn), choice, num_valid, top=top, entropy=entropy)
         pool, drawn = _commit(pool, drawn, rows, draw)
         return cache, pool, drawn

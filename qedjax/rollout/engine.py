@@ -64,8 +64,8 @@ class Engine:
         max_length = self.limits.max_length
         self._slots, members = config.slots // self._shards, (config.slots + config.staged) // self._shards
         # One page more than asked for: while a prompt is shared, its last page exists twice.
-        pages = 1 + -(-(config.cache_tokens or config.slots * max_length) // (config.page_size * self._shards))
         self._width = -(-max_length // config.page_size)
+        pages = 1 + -(-config.cache_tokens // (config.page_size * self._shards)) if config.cache_tokens else members * self._width + 1
         self._scheduler = Scheduler(self._shards, members, pages, config.page_size, config.steps)
         self._target = abstract(lambda: Transformer(model.cfg, jax.random.key(0)), mesh)
         self.stats = Stats()
@@ -92,7 +92,7 @@ class Engine:
         expires = np.inf if params.deadline is None else time.monotonic() + params.deadline
         request = Request(np.asarray(prompt, np.int32), params, max(left, 1) if params.max_tokens is None else params.max_tokens,
                           self._arrivals, expires, on_text, stream)
-        self._scheduler.check(request)
+        self._scheduler.check(len(prompt) + request.limit, 'the request')
         self._arrivals += 1
         self._requests.add(request)
         self._scheduler.enqueue(request)
@@ -109,6 +109,11 @@ class Engine:
         return len(self._requests)
 
     @property
+    def idle(self) -> bool:
+        """Whether step has nothing to do and nothing to tell."""
+        return not self._requests and not self._ended
+
+    @property
     def queued(self) -> int:
         """Requests that have no entry in the pool yet."""
         return len(self._requests) - len(self._scheduler.member_of)
@@ -120,6 +125,9 @@ class Engine:
         weights. `model` may live in another layout on the same devices; it is copied (and cast), never through the host, or taken over
         if `donate`: the caller must not use it again.
         """
+        shapes, wanted = ([x.shape for x in jax.tree.leaves(tree)] for tree in (model, self._target))
+        if shapes != wanted:
+            raise ValueError(f'the new weights are of another model: arrays of {shapes}, but the engine has {wanted}')
         self._read()
         self._model = None  # gone before the new weights come
         leaves = [jax.device_put(leaf.astype(target.dtype), target.sharding, may_alias=False, donate=donate)
@@ -133,6 +141,7 @@ class Engine:
         """Serves all of these and returns their completions in order."""
         for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
             check_request(prompt, p, self.limits, f'prompt {i}')
+            self._scheduler.check(len(prompt) + (p.max_tokens or 1), f'prompt {i}')
         requests = [self.submit(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
         waiting = set(requests)
         while waiting:
@@ -151,6 +160,7 @@ class Engine:
             self._prefill()
             self._attach()
             preempted = self._scheduler.grow()
+            self._zero_dirty()  # pages that growing has freed and handed on
             chunk = self._dispatch()
             self._read()
             self._inflight = chunk
@@ -319,9 +329,10 @@ class Engine:
 def blank_pool(shape: tuple[int, int], width: int, config: EngineConfig) -> decode.Pool:
     """A pool of nobody, in host arrays."""
     dtypes = {'active': bool, 'seed': np.uint32, 'temperature': np.float32, 'top_p': np.float32, 'min_p': np.float32, 'bias': np.float32}
+    filled = {'bias_ids': -1, 'stop_ids': -1}
     more = {'table': (width,), 'stop_ids': (config.max_stop_ids,), 'bias_ids': (config.max_bias,), 'bias': (config.max_bias,)}
     names = [field.name for field in dataclasses.fields(decode.Pool)]
-    arrays: list[Any] = [np.zeros((*shape, *more.get(name, ())), dtypes.get(name, np.int32)) for name in names]
+    arrays: list[Any] = [np.full((*shape, *more.get(name, ())), filled.get(name, 0), dtypes.get(name, np.int32)) for name in names]
     return decode.Pool(*arrays)
 
 

@@ -15,7 +15,7 @@ class EngineConfig:
       slots: requests decoded at a time.
       staged: requests held ready, prompt in the cache, to take a row inside the loop as soon as one ends.
       max_length: positions of prompt and completion together; 0 is the model's max_positions.
-      cache_tokens: positions that the cache holds; 0 is slots * max_length.
+      cache_tokens: positions that the cache holds; 0 is enough for all slots and staged requests at max_length.
       page_size: positions a page.
       steps: decode steps a call: more cost less host time, fewer stream and react sooner.
       prefill_tokens: positions a prefill call.

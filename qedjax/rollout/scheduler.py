@@ -74,11 +74,10 @@ class Scheduler:
         """Positions of the longest request that fits a shard's cache if it is alone there."""
         return (self.capacity - 1) * self.page_size  # a prompt's last page may exist twice
 
-    def check(self, request: Request) -> None:
-        """Raises ValueError for a request that would not fit the cache of a shard if it were alone there."""
-        wanted = len(request.prompt) + request.limit
+    def check(self, wanted: int, name: str) -> None:
+        """Raises ValueError, which calls it `name`, for a request of `wanted` positions that would not fit a shard's cache even alone."""
         if wanted > self.longest:
-            raise ValueError(f'the request may come to {wanted} positions, but the cache of a shard holds {self.capacity - 1} pages of '
+            raise ValueError(f'{name} may come to {wanted} positions, but the cache of a shard holds {self.capacity - 1} pages of '
                              f'{self.page_size}; lower max_tokens or raise cache_tokens')
 
     def enqueue(self, request: Request) -> None:
