@@ -94,7 +94,7 @@ def byte_level_with_seams():
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     shown = ''.join(byte_level.pre_tokenize_str('中🙂é')[0][0])
-    vocab = symbols + [shown[2:4], shown[2:5], shown[6:8], '<0x41>']
+    vocab = [*symbols, shown[2:4], shown[2:5], shown[6:8], '<0x41>']
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(vocab)}, []))
     backend.pre_tokenizer, backend.decoder = byte_level, tokenizers.decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -117,8 +117,8 @@ def ids_with_stops(tokenizer):
     """Any ids, often whole characters among them, and stop strings out of their text."""
     pieces = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
     parts = st.one_of(st.sampled_from(pieces), st.integers(0, len(tokenizer) - 1).map(lambda i: [i]))
-    return st.lists(parts, max_size=12).map(lambda parts: sum(parts, [])).flatmap(lambda ids: st.tuples(st.just(ids), stops_of(decode(
-        tokenizer, ids).replace('\ufffd', ''))))
+    lists = st.lists(parts, max_size=12).map(lambda parts: list(itertools.chain(*parts)))
+    return lists.flatmap(lambda ids: st.tuples(st.just(ids), stops_of(decode(tokenizer, ids).replace('\ufffd', ''))))
 
 
 def stops_of(text):
@@ -131,8 +131,8 @@ def stops_of(text):
 @given(data=st.data(), cuts=CUTS)
 def test_any_ids_stream_to_what_they_decode_to(tokenizer, data, cuts):
     """Broken bytes and special tokens too; what has been shown is never taken back, and no id is taken after a stop string."""
-    ids, stop = data.draw(ids_with_stops(tokenizer))
-    for stop in ([], stop):
+    ids, stops = data.draw(ids_with_stops(tokenizer))
+    for stop in ([], stops):
         pieces, stream = streamed(tokenizer, ids, cuts, stop)
         assert ''.join(pieces) == stream.text
         assert (stream.text, stream.count, stream.stopped) == grown(tokenizer, ids, stop)
