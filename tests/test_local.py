@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import functools
 import threading
+import traceback
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ CONFIG = EngineConfig(slots=4, staged=4, max_length=160, cache_tokens=1280, page
 CHAT = [{'role': 'user', 'content': '1+1'}]
 
 
+@functools.cache
 def make_model(seed=0):
     return create(lambda: Transformer(tiny_config(init_std=0.1), jax.random.key(seed)), make_mesh(MeshConfig(), jax.devices()[:1]))
 
@@ -50,6 +53,14 @@ def run(engine, body):
     return asyncio.run(asyncio.wait_for(main(), 120))
 
 
+async def until_at_work(endpoint):
+    """Returns when the engine has begun what was asked before; no clock decides."""
+    await asyncio.sleep(0)
+    stream = endpoint.stream([3], SamplingParams(1.0, 150))
+    await anext(stream)
+    await stream.aclose()
+
+
 def test_many_callers_get_what_the_engine_gives(engine):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 300, rng.integers(1, 40)).tolist() for _ in range(64)]
@@ -59,8 +70,7 @@ def test_many_callers_get_what_the_engine_gives(engine):
     async def body(endpoint):
         return await asyncio.gather(*(endpoint.complete(prompt, p) for prompt, p in zip(prompts, params, strict=True)))
 
-    got = run(engine, body)
-    assert [(c.ids, c.text, c.finish_reason) for c in got] == [(c.ids, c.text, c.finish_reason) for c in want]
+    assert run(engine, body) == want
 
 
 def test_messages_take_the_template_and_its_stop_ids(engine):
@@ -92,10 +102,20 @@ def test_streams_are_the_text(engine):
     assert ''.join(pieces) == completion.text == text[: text.index(stop)]
 
 
+def test_a_stop_string_in_the_prompt_is_none_of_the_completion(engine):
+    ids = engine.tokenizer.encode('STOP')
+
+    async def body(endpoint):
+        force = SamplingParams(0.0, 3, stop=('STOP', 'OP'), logit_bias=((ids[3], 1e9),))  # 'P' for ever
+        return await endpoint.complete(ids, force), await endpoint.complete(ids[:3], force)
+
+    assert [(c.text, c.finish_reason) for c in run(engine, body)] == [('PPP', 'length')] * 2
+
+
 def test_a_cancelled_task_gives_up_its_request_alone(engine):
     async def body(endpoint):
         tasks = [asyncio.create_task(endpoint.complete([1, 2, i], SamplingParams(1.0, 150, seed=i))) for i in range(6)]
-        await asyncio.sleep(0.05)
+        await until_at_work(endpoint)
         tasks[0].cancel()
         tasks[3].cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -121,10 +141,30 @@ def test_what_cannot_be_served_is_told_to_its_caller(engine):
     assert len(run(engine, body).ids) == 3
 
 
+def test_a_request_that_cannot_be_read_harms_nobody_else(engine):
+    async def body(endpoint):
+        good = asyncio.create_task(endpoint.complete([1, 2], SamplingParams(1.0, 40)))
+        for prompt, changes in (([1], {'max_tokens': '5'}), ([1], {'stop': (5,)}), ([1], {'stop': 'ab'}), ([1, 2.5], {}), ('text', {})):
+            with pytest.raises((TypeError, ValueError)):
+                await endpoint.complete(prompt, dataclasses.replace(SamplingParams(max_tokens=2), **changes))
+        return await good
+
+    assert len(run(engine, body).ids) == 40
+
+
+def test_ids_of_numpy_are_ids(engine):
+    async def body(endpoint):
+        return [await endpoint.complete(prompt, SamplingParams(0.0, 3)) for prompt in ((1, 2), np.array([1, 2]), list(np.array([1, 2])))]
+
+    first, *others = run(engine, body)
+    assert first.prompt_ids == (1, 2)
+    assert others == [first, first]
+
+
 def test_closing_ends_what_is_under_way_and_refuses_the_rest(engine):
     async def body(endpoint):
         task = asyncio.create_task(endpoint.complete([1, 2], SamplingParams(1.0, 150)))
-        await asyncio.sleep(0.05)
+        await until_at_work(endpoint)
         await endpoint.close()
         with pytest.raises(EndpointError, match='is closed'):
             await endpoint.complete([1], SamplingParams(max_tokens=1))
@@ -150,6 +190,16 @@ def test_new_weights_between_chunks(engine):
     first, second = run(engine, body)
     assert [version for version, _ in first.versions] == [0, 5]
     assert second.versions == ((5, 5),)
+
+
+def test_new_weights_from_another_thread(engine):
+    async def body(endpoint):
+        await asyncio.to_thread(lambda: asyncio.run(endpoint.set_weights(make_model(0), 7)))
+        completion = await endpoint.complete([1, 2], SamplingParams(1.0, 5))
+        await endpoint.set_weights(make_model(0), 0)
+        return completion
+
+    assert run(engine, body).versions == ((7, 5),)
 
 
 def test_weights_that_come_with_the_last_id_hold_nobody_up(engine):
@@ -179,13 +229,13 @@ def test_a_failure_of_the_engine_reaches_everyone():
 
     async def body(endpoint):
         tasks = [asyncio.create_task(endpoint.complete([1, i], SamplingParams(1.0, 100))) for i in range(3)]
-        await asyncio.sleep(0.05)
+        await until_at_work(endpoint)
         for leaf in jax.tree.leaves(engine._model):
             leaf.delete()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        with pytest.raises(EndpointError, match='engine failed'):
-            await endpoint.complete([1], SamplingParams(max_tokens=1))
-        return results
+        later = await asyncio.gather(*(endpoint.complete([1], SamplingParams(max_tokens=1)) for _ in range(3)), return_exceptions=True)
+        assert len({len(traceback.extract_tb(error.__traceback__)) for error in later}) == 1  # each has its own
+        return results + later
 
     results = run(engine, body)
     assert all(isinstance(r, EndpointError) and 'deleted' in str(r) for r in results)

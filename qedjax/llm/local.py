@@ -6,6 +6,8 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import numbers
+import operator
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +18,7 @@ from qedjax.data.chat import prompt_ids, stop_ids
 from qedjax.llm.client import EndpointError, Prompt
 from qedjax.model.transformer import Transformer
 from qedjax.rollout.engine import Engine
-from qedjax.rollout.requests import Request
+from qedjax.rollout.requests import Request, check_request
 from qedjax.types import Completion, SamplingParams
 
 
@@ -69,7 +71,7 @@ class LocalEndpoint:
         return self._results(prompt, params, streamed=True)
 
     async def set_weights(self, model: Transformer, version: int, **options: bool) -> None:
-        """Engine.set_weights between two chunks; returns when the new weights are in place."""
+        """Engine.set_weights between two chunks, from the loop of any thread; returns when the new weights are in place."""
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def command() -> None:
@@ -106,6 +108,8 @@ class LocalEndpoint:
             while not finished:
                 result = await call.results.get()
                 finished = not isinstance(result, str)
+                if isinstance(result, EndpointError):  # one for all: raised itself, its traceback would grow with every caller
+                    raise EndpointError(*result.args) from result.__cause__
                 if isinstance(result, Exception):
                     raise result
                 yield result
@@ -114,10 +118,14 @@ class LocalEndpoint:
                 self._send(_Command(lambda: self._give_up(call), lambda error: None))
 
     def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], SamplingParams]:
-        if prompt and isinstance(prompt[0], int):
-            return list(prompt), params  # type: ignore[arg-type]
-        ids = prompt_ids(self._engine.tokenizer, prompt)  # type: ignore[arg-type]
-        return list(ids), replace(params, stop_ids=params.stop_ids or self._stop_ids)
+        """What the engine is asked. Raises here, in the caller, also on what cannot be read: in the thread it would end the endpoint."""
+        if len(prompt) and isinstance(prompt[0], numbers.Integral):  # NumPy's too
+            ids = [operator.index(i) for i in prompt]
+        else:
+            ids = list(prompt_ids(self._engine.tokenizer, prompt))  # type: ignore[arg-type]
+            params = replace(params, stop_ids=params.stop_ids or self._stop_ids)
+        check_request(ids, params, self._engine.limits)
+        return ids, params
 
     def _give_up(self, call: _Call) -> None:
         if call.request is not None:
@@ -140,7 +148,7 @@ class LocalEndpoint:
                 while self._engine.idle or not self._commands.empty():
                     command = self._commands.get()
                     if command is None:
-                        return
+                        return self._cancel_all()
                     self._obey(command)
                 self._deliver()
         except Exception as error:  # not an edge, but a thread's end: its callers, who wait, are the ones to tell
@@ -162,14 +170,15 @@ class LocalEndpoint:
             if (call := self._calls.pop(request, None)) and request.completion:
                 call.put(request.completion)
 
+    def _cancel_all(self) -> None:
+        for request in self._calls:
+            self._engine.cancel(request)
+
     def _finish(self, end: EndpointError) -> None:
-        """Answers everyone who waits: with what there is if the endpoint was closed, with the error if the engine failed."""
+        """Answers everyone who waits: with a completion where there is one (all if the endpoint was closed), or else with the error."""
         with self._lock:
             self._error = end
-        for request, call in list(self._calls.items()):
-            if end.__cause__ is None:
-                self._engine.cancel(request)
-                assert request.completion
+        for request, call in self._calls.items():
             call.put(end if request.completion is None else request.completion)
         self._calls.clear()
         while not self._commands.empty():
