@@ -57,7 +57,7 @@ class MetricWriter:
         workdir = pathlib.Path(workdir).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / 'metrics.jsonl'
-        _keep_rows(path, start)
+        keep_rows(path, start)
         self._file = path.open('a')
         self._tensorboard = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
         self._wandb = None
@@ -197,13 +197,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _keep_rows(path: pathlib.Path, last: int) -> None:
+def keep_rows(path: pathlib.Path, last: int) -> None:
     """Keeps the whole rows up to step `last`; a row that a kill cut short is dropped."""
     if not path.exists():
         return
-    rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('}\n')]
+    lines = path.read_text(encoding='utf-8').split('\n')[:-1]  # not splitlines(), which would also cut at U+2028 inside a text
+    rows = [line + '\n' for line in lines if line.endswith('}')]
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(''.join(line for line in rows if json.loads(line)['step'] <= last))
+    temporary.write_text(''.join(line for line in rows if json.loads(line)['step'] <= last), encoding='utf-8')
     temporary.replace(path)
 
 

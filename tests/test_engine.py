@@ -1,6 +1,7 @@
 """The engine against the plain sampler: the same ids whatever slots, order, chunks, pages, meshes and neighbours; nothing is lost."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,39 @@ def test_stop_strings_streams_and_texts(engine):
     assert stop not in tokenizer.decode(got.ids[:-1])
 
 
+def test_text_is_told_when_a_step_is_done(engine):
+    """Whoever hears text may cancel, submit and raise: nobody loses an id, nothing is told twice, and what has ended is still reported."""
+    prompts, params = workload(1, seed=8)[0] * 4, SamplingParams(1.0, 40, seed=4)
+    want, heard, more = engine.generate(prompts[:1], [params])[0], [[] for _ in prompts], []
+
+    def hear(i, text):
+        heard[i].append(text)
+        if len(heard[i]) == 3:
+            if i == 0:
+                engine.cancel(requests[0])
+            elif i == 1:
+                more.append(engine.submit(prompts[0], params))
+            elif i == 2:
+                raise RuntimeError('heard enough')
+
+    requests = [engine.submit(prompt, params, functools.partial(hear, i)) for i, prompt in enumerate(prompts)]
+    ended, raised = [], 0
+    while not engine.idle:
+        try:
+            ended += engine.step()
+        except RuntimeError:
+            raised += 1
+    assert raised == 1
+    assert set(ended) == {*requests, *more}
+    assert len(ended) == len(set(ended))
+    for i, request in enumerate([*requests, *more]):
+        assert request.completion.ids == want.ids[: len(request.completion.ids)]
+        assert request.completion.finish_reason == ('cancelled' if i == 0 else 'length')
+        assert (len(request.completion.ids) == 40) == (i > 0)
+    for request, texts in zip(requests, heard, strict=True):
+        assert ''.join(texts) == request.completion.text
+
+
 def test_the_stop_id_has_no_text_and_spaces_stay(engine):
     tokenizer = engine.tokenizer
     ids = tokenizer.encode("a , b ' s do n't", add_special_tokens=False)
@@ -322,7 +356,9 @@ def test_deadlines_and_order(engine):
     ([1] * 160, SamplingParams(max_tokens=None), 'has 160 tokens and asks for at least 1 more, but the model has 160 positions'),
     ([1] * 64, SamplingParams(max_tokens=10**9), 'asks for 1000000000 more'),
     ([1, 320], SamplingParams(), 'ids outside'),
-    ([1], SamplingParams(seed=-1), 'seed=-1'), ([1], SamplingParams(seed=2**63), 'seed='), ([1], SamplingParams(top_p=1.5), 'top_p=1.5'),
+    ([1], SamplingParams(seed=-1), 'seed=-1'), ([1], SamplingParams(seed=None), 'no whole number'),
+    ([1], SamplingParams(max_tokens=2.5), 'no whole number'), ([1], SamplingParams(top_k=None), 'no whole number'),
+    ([1], SamplingParams(seed=2**63), 'seed='), ([1], SamplingParams(top_p=1.5), 'top_p=1.5'),
     ([1], SamplingParams(top_k=-1), 'top_k=-1'), ([1], SamplingParams(min_p=float('nan')), 'min_p=nan'),
     ([1], SamplingParams(stop=('a', '')), 'empty stop string'), ([1], SamplingParams(stop_ids=(300,)), r'outside \[0, 300\) in stop_ids'),
     ([1], SamplingParams(logit_bias=((1, float('inf')),)), 'a bias beyond 1e'),
@@ -346,6 +382,7 @@ def test_a_prompt_one_short_of_the_limit_gets_its_one_token(engine):
 @pytest.mark.parametrize(('changes', 'message'), [
     ({'slots': 0}, 'engine.slots must be at least 1'), ({'staged': -1}, 'engine.staged must not be negative'),
     ({'slots': 3}, 'must be multiples of the 2 data shards'), ({'max_length': 5000}, 'more than the 4096 positions'),
+    ({'top_logprobs': 301}, 'more than the 300 ids'),
     ({'prefill_tokens': 42}, 'must be a multiple of every one'), ({'prefill_rows': (4, 2)}, 'must fall and end with 1')])
 def test_sizes_that_do_not_fit_are_refused(model, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -354,7 +391,7 @@ def test_sizes_that_do_not_fit_are_refused(model, changes, message):
 
 def test_a_request_that_no_shard_could_hold_is_refused(model):
     engine = Engine(model, make_rollout_mesh(2, 1), dataclasses.replace(SMALL, cache_tokens=128), NUM_VALID)
-    with pytest.raises(ValueError, match='may come to 100 positions, but the cache of a shard holds 4 pages of 16'):
+    with pytest.raises(ValueError, match='may come to 100 positions, but the cache of a shard holds 64'):
         engine.submit([1] * 90, SamplingParams(0.0, 10))
     got = engine.generate([[1] * 44] * 2, [SamplingParams(0.0, 20), SamplingParams(0.0, None, min_tokens=2**40)])
     assert [len(c.ids) for c in got] == [20, 20]  # what the cache leaves, where nothing else is said

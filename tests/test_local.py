@@ -175,6 +175,29 @@ def test_closing_ends_what_is_under_way_and_refuses_the_rest(engine):
     assert run(engine, body).finish_reason == 'cancelled'
 
 
+def test_text_held_back_is_streamed_when_the_endpoint_closes(engine):
+    """The end of the text may be the beginning of a stop string until the request has ended."""
+    ids = engine.tokenizer.encode('S')
+
+    async def body(endpoint):
+        stream = endpoint.stream(ids, SamplingParams(0.0, 150, stop=('S' * 100 + '!',), logit_bias=((ids[0], 1e9),)))
+        parts = [await anext(stream)]  # 101 and more S: what is more than a stop string could hold
+        await endpoint.close()
+        return parts + [part async for part in stream]
+
+    *pieces, completion = run(engine, body)
+    assert completion.finish_reason == 'cancelled'
+    assert ''.join(pieces) == completion.text == 'S' * len(completion.ids)
+
+
+def test_extra_stop_ids_of_a_checkpoint_hold_for_messages(engine):
+    async def main():
+        async with LocalEndpoint(engine, stops=(7, 8)) as endpoint:
+            return await endpoint.complete(CHAT, SamplingParams(0.0, 9, logit_bias=((8, 1e9),)))
+
+    assert asyncio.run(main()).ids == (8,)
+
+
 def test_new_weights_between_chunks(engine):
     old, new = make_model(0), make_model(1)
 

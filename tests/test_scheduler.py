@@ -1,7 +1,6 @@
 """The scheduler without a device: whatever comes, everyone is served, in order, and every page comes back."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +65,6 @@ def test_everyone_is_served_and_every_page_comes_back(seed, shards, slots, stage
     left = set(waiting)
     for _ in range(2000):
         if waiting and rng.random() < 0.6:
-            scheduler.check(waiting[0].length + waiting[0].limit, 'it')
             scheduler.enqueue(waiting.pop(0))
         left -= set(turn(scheduler, slots))
         if left and rng.random() < 0.1:
@@ -113,10 +111,3 @@ def test_the_youngest_gives_way():
         times += len(gone)
     assert [r.arrival for r in ended] == [0, 1, 2]
     assert times > 0
-
-
-def test_what_no_shard_could_hold_is_refused():
-    scheduler = Scheduler(1, 2, 5, SIZE, STEPS)
-    scheduler.check(16, 'it')
-    with pytest.raises(ValueError, match='may come to 17 positions, but the cache of a shard holds 4 pages of 4'):
-        scheduler.check(17, 'it')

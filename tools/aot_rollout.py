@@ -20,7 +20,7 @@ from qedjax.model.config import ModelConfig
 from qedjax.model.presets import qwen3_4b
 from qedjax.model.transformer import Transformer
 from qedjax.rollout import decode, engine
-from qedjax.rollout.engine_config import EngineConfig, prefill_shapes
+from qedjax.rollout.engine_config import EngineConfig, pages_a_shard, prefill_shapes, table_width
 from qedjax.sharding import abstract, make_rollout_mesh, spec
 
 TOPOLOGY = flags.DEFINE_string('topology', 'v5p:2x2x1', 'TPU topology of one host.')
@@ -46,8 +46,7 @@ def topology_mesh(topology: str, tensor: int) -> Mesh:
 def compile_engine(mesh: Mesh, cfg: ModelConfig, config: EngineConfig, num_valid: int) -> dict[str, jax.stages.Compiled]:
     """The decode loop, and the prefill of one prompt and of many, compiled for the mesh."""
     shards = mesh.shape['data']
-    width = -(-config.max_length // config.page_size)
-    pages = -(-config.cache_tokens // (config.page_size * shards))
+    width, pages = table_width(config, cfg), pages_a_shard(config, cfg, shards)
     model = abstract(lambda: Transformer(cfg, jax.random.key(0)), mesh)
     cache = abstract(lambda: PagedCache.create(cfg, pages, config.page_size), mesh)
 
@@ -71,7 +70,7 @@ def compile_engine(mesh: Mesh, cfg: ModelConfig, config: EngineConfig, num_valid
 
 def cache_bytes(mesh: Mesh, cfg: ModelConfig, config: EngineConfig) -> int:
     """Size of the cache on a chip."""
-    tokens = (1 + -(-config.cache_tokens // (config.page_size * mesh.shape['data']))) * config.page_size
+    tokens = (1 + pages_a_shard(config, cfg, mesh.shape['data'])) * config.page_size
     heads = 2 * cfg.num_kv_heads // mesh.shape['tensor']
     return cfg.num_layers * tokens * heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
 

@@ -5,6 +5,7 @@ steps, so batches are rounded up to eighths of the longest: eight programs, comp
 """
 
 import json
+import math
 import pathlib
 import sys
 import time
@@ -13,8 +14,6 @@ import jax
 from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.qwen3 import model as qwen3
 from tunix.models.qwen3.params import create_model_from_safe_tensors
-
-PROMPT = 64  # longest prompt
 
 
 class Ids:
@@ -46,10 +45,11 @@ def main(path):
         norm_eps=cfg['rms_norm_eps'], use_tied_embedding=cfg['tie_word_embeddings'])
     mesh = jax.make_mesh((1, 1), ('fsdp', 'tp'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     model = create_model_from_safe_tensors(job['folder'], config, mesh)
-    sampler = Sampler(model, Ids(), CacheConfig(job['most'] + PROMPT, config.num_layers, config.num_kv_heads, config.head_dim))
+    prompt = 2 ** math.ceil(math.log2(max(map(len, job['prompts'])) + 1))  # with its BOS id, as the sampler pads it
+    sampler = Sampler(model, Ids(), CacheConfig(job['most'] + prompt, config.num_layers, config.num_kv_heads, config.head_dim))
 
     def run(part, steps):
-        sampler([' '.join(map(str, p)) for p in part], steps, PROMPT, temperature=1.0, top_p=1.0, top_k=None, seed=0)
+        sampler([' '.join(map(str, p)) for p in part], steps, prompt, temperature=1.0, top_p=1.0, top_k=None, seed=0)
 
     slots, eighth = job['slots'], job['most'] // 8
     parts = [(job['prompts'][i : i + slots], -(-max(job['lengths'][i : i + slots]) // eighth) * eighth)

@@ -46,15 +46,19 @@ class _Command:
 class LocalEndpoint:
     """A LanguageModel over an engine that has a tokenizer. Use it as an async context manager, or close it.
 
-    Messages become ids by the tokenizer's chat template; then its stop ids hold unless the request has its own. Token ids are continued as
+    Messages become ids by the tokenizer's chat template; then `stops` hold unless the request has its own. Token ids are continued as
     they are, with the request's stop ids alone.
     """
 
-    def __init__(self, engine: Engine):
-        """Takes the engine over: nobody else may call it until the endpoint is closed. Raises ValueError without a tokenizer."""
+    def __init__(self, engine: Engine, stops: tuple[int, ...] = ()):
+        """Takes the engine over: nobody else may call it until the endpoint is closed.
+
+        `stops` are the ids that end an answer to messages (data.chat.stop_ids); without any, those that the tokenizer alone tells. Raises
+        ValueError for an engine without a tokenizer.
+        """
         if engine.tokenizer is None:
             raise ValueError('the engine has no tokenizer: give it one to serve text')
-        self._engine, self._stop_ids = engine, stop_ids(engine.tokenizer)
+        self._engine, self._stop_ids = engine, stops or stop_ids(engine.tokenizer)
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._calls: dict[Request, _Call] = {}
         self._error: Exception | None = None
@@ -81,6 +85,29 @@ class LocalEndpoint:
 
         self._send(_Command(command, lambda error: None if done.cancelled() else done.set_exception(error)))
         await asyncio.wrap_future(done)
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Holds the engine between two chunks: its devices are free, and what is asked for meanwhile begins all at once, in order."""
+        holding: concurrent.futures.Future[None] = concurrent.futures.Future()
+        released = threading.Event()
+
+        def command() -> None:
+            if holding.set_running_or_notify_cancel():
+                holding.set_result(None)
+                released.wait()
+
+        self._send(_Command(command, lambda error: None if holding.cancelled() else holding.set_exception(error)))
+        try:
+            await asyncio.wrap_future(holding)
+            yield
+        finally:
+            released.set()
+
+    @property
+    def queued(self) -> int:
+        """Calls that the engine has not looked at yet."""
+        return self._commands.qsize()
 
     async def close(self) -> None:
         """Ends what is under way as cancelled, and the thread."""
@@ -173,6 +200,7 @@ class LocalEndpoint:
     def _cancel_all(self) -> None:
         for request in self._calls:
             self._engine.cancel(request)
+        self._deliver()
 
     def _finish(self, end: EndpointError) -> None:
         """Answers everyone who waits: with a completion where there is one (all if the endpoint was closed), or else with the error."""

@@ -116,6 +116,9 @@ def decode(model: Transformer, cache: PagedCache, pool: Pool, told: Pool, fresh:
     """
     told, fresh = jax.tree.map(lambda x: jax.reshard(x, spec('batch', *[None] * (x.ndim - 1))), (told, fresh))
     pool = _take_in(pool, told, fresh)
+    # Rows know nothing of each other, and so nothing of shards.
+    draw_rows = jax.shard_map(functools.partial(sample, num_valid=num_valid, top=top, entropy=entropy), in_specs=(spec('batch'),) * 3,
+                              out_specs=spec('batch'), check_vma=False)
     drawn = _nothing_drawn(fresh.shape, steps, top, entropy)
 
     def body(carry):
@@ -129,7 +132,7 @@ def decode(model: Transformer, cache: PagedCache, pool: Pool, told: Pool, fresh:
         choice = Choice(jnp.where(live, rows.temperature, 0), jnp.where(live, rows.top_k, 0), jnp.where(live, rows.top_p, 1),
                         jnp.where(live, rows.min_p, 0), jnp.where(live[:, None], banned, -1),
                         jnp.where(live[:, None], rows.bias_ids, -1), rows.bias)
-        draw = sample(logits, token_keys(rows.seed, rows.sample, rows.drawn), choice, num_valid, top=top, entropy=entropy)
+        draw = draw_rows(logits, token_keys(rows.seed, rows.sample, rows.drawn), choice)
         pool, drawn = _commit(pool, drawn, rows, draw)
         return cache, pool, drawn
 

@@ -8,6 +8,7 @@ The host reads a chunk while the next one runs, so it decides one chunk late; th
 who has ended, and because pages given to someone else are written only by programs that were dispatched later.
 """
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +20,19 @@ from jax.sharding import Mesh, NamedSharding
 
 from qedjax.metrics import compilations
 from qedjax.model.cache import PagedCache
+from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
 from qedjax.rollout import decode
-from qedjax.rollout.engine_config import EngineConfig, Stats, limits_of, prefill_shape, prefill_shapes, validate
+from qedjax.rollout.engine_config import (
+    EngineConfig,
+    Stats,
+    limits_of,
+    pages_a_shard,
+    prefill_shape,
+    prefill_shapes,
+    table_width,
+    validate,
+)
 from qedjax.rollout.requests import Request, check_request
 from qedjax.rollout.scheduler import Member, Prefix, Scheduler
 from qedjax.rollout.text import TextStream
@@ -50,29 +61,29 @@ class Engine:
       config: sizes.
       num_valid: ids that the tokenizer can decode.
       tokenizer: for text and stop strings; without it completions have ids alone.
+      cfg: of the rollout copy, where its dtypes or kernels differ from those of `model`.
 
     Raises ValueError for sizes that do not fit the model or the mesh.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, config: EngineConfig, num_valid: int, tokenizer: Any = None, *,
-                 donate: bool = False):
+                 cfg: ModelConfig | None = None, donate: bool = False):
+        cfg = cfg or model.cfg
         self.mesh, self.config, self.num_valid, self.tokenizer = mesh, config, num_valid, tokenizer
         with jax.set_mesh(mesh):
             self._shards = axis_size('batch')
-        validate(config, self._shards, model.cfg)
-        self.limits = limits_of(config, model.cfg, num_valid)
-        max_length = self.limits.max_length
+        validate(config, self._shards, cfg)
+        self.limits = limits_of(config, cfg, num_valid, self._shards)
         self._slots, members = config.slots // self._shards, (config.slots + config.staged) // self._shards
-        # One page more than asked for: while a prompt is shared, its last page exists twice.
-        self._width = -(-max_length // config.page_size)
-        pages = 1 + -(-config.cache_tokens // (config.page_size * self._shards)) if config.cache_tokens else members * self._width + 1
+        self._width, pages = table_width(config, cfg), pages_a_shard(config, cfg, self._shards)
         self._scheduler = Scheduler(self._shards, members, pages, config.page_size, config.steps)
-        self._target = abstract(lambda: Transformer(model.cfg, jax.random.key(0)), mesh)
+        self._target = abstract(lambda: Transformer(cfg, jax.random.key(0)), mesh)
         self.stats = Stats()
         self._arrivals, self._requests, self._ended = 0, set[Request](), list[Request]()
+        self._texts: collections.deque[tuple[Callable[[str], Any], str]] = collections.deque()
         self._told = blank_pool((self._shards, members), self._width, config)
         self._fresh = np.zeros((self._shards, members), bool)
-        self._cache = create(lambda: PagedCache.create(model.cfg, pages, config.page_size), mesh)
+        self._cache = create(lambda: PagedCache.create(cfg, pages, config.page_size), mesh)
         self._pool, self._there = self._put(self._told), jax.tree.leaves(self._put((self._told, self._fresh)))
         self._sent = [array.copy() for array in jax.tree.leaves((self._told, self._fresh))]
         self._inflight: _Chunk | None = None
@@ -83,16 +94,15 @@ class Engine:
     # What callers use.
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, on_text: Callable[[str], Any] | None = None) -> Request:
-        """Queues a request. Raises ValueError for one that cannot be served; `on_text` gets newly released text as it comes."""
+        """Queues a request. Raises ValueError for one that cannot be served; `on_text` gets newly released text at the end of a step."""
         check_request(prompt, params, self.limits)
         if (params.stop or on_text) and self.tokenizer is None:
             raise ValueError('stop strings and streams of text need a tokenizer: give one to the engine')
-        left = min(self.limits.max_length, self._scheduler.longest) - len(prompt)
+        limit = min(self.limits.max_length, self.limits.cached) - len(prompt) if params.max_tokens is None else params.max_tokens
         stream = TextStream(self.tokenizer, params.stop) if params.stop or on_text else None
         expires = np.inf if params.deadline is None else time.monotonic() + params.deadline
-        request = Request(np.asarray(prompt, np.int32), params, max(left, 1) if params.max_tokens is None else params.max_tokens,
-                          self._arrivals, expires, on_text, stream)
-        self._scheduler.check(len(prompt) + request.limit, 'the request')
+        hear = on_text and (lambda text: self._texts.append((on_text, text)))
+        request = Request(np.asarray(prompt, np.int32), params, limit, self._arrivals, expires, hear, stream)
         self._arrivals += 1
         self._requests.add(request)
         self._scheduler.enqueue(request)
@@ -141,7 +151,6 @@ class Engine:
         """Serves all of these and returns their completions in order."""
         for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
             check_request(prompt, p, self.limits, f'prompt {i}')
-            self._scheduler.check(len(prompt) + (p.max_tokens or 1), f'prompt {i}')
         requests = [self.submit(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
         waiting = set(requests)
         while waiting:
@@ -170,6 +179,9 @@ class Engine:
         self.stats.preemptions += len(preempted)
         self.stats.compilations = compilations() - self._compiled
         self.stats.worked += time.perf_counter() - start - (self.stats.waited - waited)
+        while self._texts:  # last: callers may cancel, submit or raise
+            on_text, text = self._texts.popleft()
+            on_text(text)
         ended, self._ended = self._ended, []
         return ended
 

@@ -66,11 +66,26 @@ class Stats:
     worked: float = 0.0
 
 
-def limits_of(config: EngineConfig, cfg: ModelConfig, num_valid: int) -> Limits:
+def table_width(config: EngineConfig, cfg: ModelConfig) -> int:
+    """Pages that a request may come to hold."""
+    return -(-(config.max_length or cfg.max_positions) // config.page_size)
+
+
+def pages_a_shard(config: EngineConfig, cfg: ModelConfig, shards: int) -> int:
+    """Pages of the cache on each shard: one more than asked for, because a prompt's last page exists twice while it is shared."""
+    if config.cache_tokens:
+        return 1 + -(-config.cache_tokens // (config.page_size * shards))
+    return 1 + (config.slots + config.staged) // shards * table_width(config, cfg)
+
+
+def limits_of(config: EngineConfig, cfg: ModelConfig, num_valid: int, shards: int) -> Limits:
     """What requests an engine of these sizes takes. Raises ValueError for more decodable ids than the model has rows."""
     if not 0 < num_valid <= cfg.vocab_size:
         raise ValueError(f'the tokenizer has {num_valid} ids, but the model has only {cfg.vocab_size} rows')
-    return Limits(config.max_length or cfg.max_positions, num_valid, config.max_stop_ids, config.max_bias)
+    if config.top_logprobs > num_valid:
+        raise ValueError(f'engine.top_logprobs={config.top_logprobs} is more than the {num_valid} ids of the tokenizer')
+    cached = (pages_a_shard(config, cfg, shards) - 1) * config.page_size
+    return Limits(config.max_length or cfg.max_positions, num_valid, config.max_stop_ids, config.max_bias, cached)
 
 
 def validate(config: EngineConfig, shards: int, cfg: ModelConfig) -> None:

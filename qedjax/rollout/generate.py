@@ -41,7 +41,7 @@ def generate_file(checkpoint: str, input_path: str, output_path: str, params: Sa
     params = dataclasses.replace(params, stop_ids=stop_ids(tokenizer, read_generation_config(checkpoint)))
     mesh = rollout_mesh_of_all(tensor)
     config = _sizes(engine_config or EngineConfig(), cfg, mesh, prompts, params)
-    limits = limits_of(config, cfg, num_valid)
+    limits = limits_of(config, cfg, num_valid, mesh.shape['data'])
     for i, prompt in enumerate(prompts, 1):
         check_request(prompt, params, limits, f'the prompt of input row {i}')
     with _whole(pathlib.Path(output_path)) as file:

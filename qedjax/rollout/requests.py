@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ MIN_TEMPERATURE = 1e-3  # far below it, logits / temperature overflow: a NaN, wh
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What an engine can serve: positions a request, decodable ids, and places for stop ids and biases."""
+    """What an engine can serve: positions a request, decodable ids, places for stop ids and biases, and positions that its cache holds."""
 
     max_length: int
     num_valid: int
     max_stop_ids: int
     max_bias: int
+    cached: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -91,6 +93,8 @@ class Request:
         else:
             self._release(self.stream.finish())
             text = self.stream.text
+            if reason == 'length' and self.stream.stopped:  # by what was held back until now
+                reason = 'stop'
         self.completion = Completion(text, tuple(self.ids), tuple(self.logprobs), reason, tuple(self.prompt.tolist()),
                                      tuple(self.versions), tuple(self.entropies), tuple(self.top_logprobs))
 
@@ -118,12 +122,18 @@ def _wrong_length(prompt: Sequence[int], params: SamplingParams, limits: Limits)
         least = 'at least ' if params.max_tokens is None else ''
         return (f'has {len(prompt)} tokens and asks for {least}{wanted} more, but the model has {limits.max_length} positions; '
                 'shorten either')
+    if len(prompt) + wanted > limits.cached:
+        return (f'may come to {len(prompt) + wanted} positions, but the cache of a shard holds {limits.cached}; lower max_tokens or raise '
+                'cache_tokens')
     return None
 
 
 def _wrong_choice(params: SamplingParams, limits: Limits) -> str | None:
     if params.temperature and not MIN_TEMPERATURE <= params.temperature < math.inf:  # NaN too
         return f'asks for temperature={params.temperature}; it must be 0 (greedy) or at least {MIN_TEMPERATURE}'
+    if not (_whole(params.seed, params.sample, params.top_k, params.min_tokens, *params.stop_ids, *(i for i, _ in params.logit_bias))
+            and (params.max_tokens is None or _whole(params.max_tokens))):
+        return f'has a seed, sample, count or id that is no whole number: {params}'
     if not (0 <= params.seed < 2**32 and 0 <= params.sample < 2**31):
         return f'asks for seed={params.seed} and sample={params.sample}; they must be in [0, 2^32) and [0, 2^31)'
     if not (0 <= params.top_k < 2**31 and 0 <= params.top_p <= 1 and 0 <= params.min_p <= 1):
@@ -142,3 +152,7 @@ def _wrong_choice(params: SamplingParams, limits: Limits) -> str | None:
     if params.deadline is not None and not params.deadline > 0:
         return f'has a deadline of {params.deadline} seconds; it must be positive'
     return None
+
+
+def _whole(*numbers: Any) -> bool:
+    return all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)

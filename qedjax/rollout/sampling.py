@@ -11,6 +11,7 @@ from typing import Any  # of a Choice whose fields are known to be there
 import jax
 import jax.numpy as jnp
 
+PRNG = 'threefry2x32'  # whatever JAX's default: under vmap, draws of the hardware generators depend on the neighbours
 LOW, HIGH = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 
 
@@ -79,7 +80,7 @@ def token_keys(seeds: jax.Array, samples: jax.Array, position: jax.Array) -> jax
     """PRNG keys [B] as a function of (seed, sample index, position in the completion) alone."""
 
     def key(seed, sample, position):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl=PRNG), sample), position)
 
     return jax.vmap(key)(seeds, samples, position)
 
@@ -93,9 +94,9 @@ def _edit(scores: jax.Array, choice: Any) -> jax.Array:
     ids = jnp.arange(scores.shape[-1])
     scale = jnp.where(choice.temperature > 0, choice.temperature, 1.0)[:, None]
     for i in range(choice.bias_ids.shape[1]):
-        scores = jnp.where(ids == choice.bias_ids[:, i, None], scores + choice.bias[:, i, None] / scale, scores)
+        scores += jnp.where(ids == choice.bias_ids[:, i, None], choice.bias[:, i, None] / scale, 0.0)
     for i in range(choice.banned_ids.shape[1]):
-        scores = jnp.where(ids == choice.banned_ids[:, i, None], -jnp.inf, scores)
+        scores += jnp.where(ids == choice.banned_ids[:, i, None], -jnp.inf, 0.0)
     return scores
 
 

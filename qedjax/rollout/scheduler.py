@@ -69,17 +69,6 @@ class Scheduler:
 
     # The queue.
 
-    @property
-    def longest(self) -> int:
-        """Positions of the longest request that fits a shard's cache if it is alone there."""
-        return (self.capacity - 1) * self.page_size  # a prompt's last page may exist twice
-
-    def check(self, wanted: int, name: str) -> None:
-        """Raises ValueError, which calls it `name`, for a request of `wanted` positions that would not fit a shard's cache even alone."""
-        if wanted > self.longest:
-            raise ValueError(f'{name} may come to {wanted} positions, but the cache of a shard holds {self.capacity - 1} pages of '
-                             f'{self.page_size}; lower max_tokens or raise cache_tokens')
-
     def enqueue(self, request: Request) -> None:
         """Puts a new or preempted request in its place."""
         key = request.tokens().tobytes()

@@ -87,7 +87,7 @@ def check(cfg: ModelConfig, prompts: Sequence[Sequence[int]], params: Sequence[S
         raise ValueError(f'batch must be at least 1, not {batch}')
     if not 0 < num_valid <= cfg.vocab_size:
         raise ValueError(f'the tokenizer has {num_valid} ids, but the model has only {cfg.vocab_size} rows')
-    limits = Limits(cfg.max_positions, num_valid, max_stop_ids=num_valid, max_bias=0)
+    limits = Limits(cfg.max_positions, num_valid, max_stop_ids=num_valid, max_bias=0, cached=cfg.max_positions)
     for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
         check_request(prompt, p, limits, f'prompt {i}')
         if p != SamplingParams(p.temperature, p.max_tokens, p.seed, p.stop_ids) or p.max_tokens is None:
