@@ -53,6 +53,24 @@ class TrainBatch:
     segment_ids: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RLBatch(TrainBatch):
+    """Packed rows of sampled answers; the extra fields, float32 [B, T] too, are of the prediction made at each position.
+
+    Attributes:
+      advantages: of the answer that the predicted id is part of.
+      logprobs: of that id when it was sampled.
+      references: the same under the reference model; `logprobs` again where there is none.
+
+    `weights` carries the whole normaliser of the loss: what a batch sums to is the loss.
+    """
+
+    advantages: jax.Array
+    logprobs: jax.Array
+    references: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How to sample one request. There are no implicit defaults: nothing is read from a generation config.
@@ -111,3 +129,40 @@ class Completion:
     versions: tuple[tuple[int, int], ...] = ()
     entropies: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One answer to a problem and what it earned.
+
+    Attributes:
+      completion: the sampled ids, which are what is trained on.
+      answer: its text after thinking ends; '' if that never came.
+      reward: in [0, 1]; None if it could not be graded, which is not 0.
+      feedback: of the grader, or why there is no grade.
+    """
+
+    completion: Completion
+    answer: str
+    reward: float | None
+    feedback: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """All answers to one prompt.
+
+    Attributes:
+      draw: number of the prompt in the order of the run, which fixes the problem and all seeds.
+      problem: its text, for people.
+      rollouts: the answers, in the order of their sample index.
+    """
+
+    draw: int
+    problem: str
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the weights that sampled the group's oldest id."""
+        return min((version for rollout in self.rollouts for version, _ in rollout.completion.versions), default=0)

@@ -1,7 +1,7 @@
 """The train state and the one compiled step: accumulation, global normalisation, clipping, and what happens to a NaN."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -63,34 +63,68 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, cl
     counters; the first kind is counted as skipped.
     """
 
-    def gradients(model, batch, total):
-        def micro(rows):
-            value, grads = jax.value_and_grad(loss_fn, has_aux=True)(model, rows)
-            return value, to_float32(grads)
-
-        like = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], batch))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), like)
-        sums, _ = jax.lax.scan(lambda carry, rows: (jax.tree.map(jnp.add, carry, micro(rows)), None), zeros, batch)
-        (loss, metrics), grads = jax.tree.map(lambda x: x / total, sums)
-        return loss, metrics, grads
-
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        zeros = _zero_sums(loss_fn, state.model, jax.tree.map(lambda x: x[0], batch))
+        sums, _ = jax.lax.scan(lambda sums, rows: (_add_micro(loss_fn, state.model, sums, rows), None), zeros, batch)
         weight = batch.weights.sum()
-        loss, metrics, grads = gradients(state.model, batch, jnp.maximum(weight, 1e-6))
-        norm = optax.tree.norm(grads)
-        if clip_norm:
-            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)), grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, to_float32(state.model))
-        model = apply_updates(state.model, updates, jax.random.fold_in(jax.random.key(seed), state.step))
-        keep = finite & (weight > 0)
-        model, opt_state = jax.tree.map(lambda new, old: jnp.where(keep, new, old), (model, opt_state), (state.model, state.opt_state))
-        bad = (~finite).astype(jnp.int32)
-        state = TrainState(state.step + 1, model, opt_state, state.skipped + bad, (state.skipped_in_a_row + 1) * bad)
-        return state, metrics | {'loss': loss, 'grad_norm': norm, 'weight': weight, 'skipped': state.skipped,
-                                 'skipped_in_a_row': state.skipped_in_a_row}
+        (loss, metrics), grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-6), sums)
+        return _update(state, loss, metrics | {'weight': weight}, grads, weight > 0, optimizer, clip_norm, seed)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_summed_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, seed: int):
+    """Builds step(state, micro_batches) -> (state, metrics) for any number of micro-batches [B, T], each a batch on the devices.
+
+    As make_train_step, but nothing is divided: the weights of the rows hold the whole normaliser, and metrics are sums. Three programs
+    serve every number of micro-batches, so none is compiled for a number that has not been seen.
+    """
+    zero = jax.jit(lambda model, rows: _zero_sums(loss_fn, model, rows))
+    add = jax.jit(lambda model, sums, rows: _add_micro(loss_fn, model, sums, rows), donate_argnums=1)
+
+    def apply(state, sums):
+        (loss, metrics), grads = sums
+        return _update(state, loss, metrics, grads, jnp.bool_(True), optimizer, clip_norm, seed)
+
+    apply = jax.jit(apply, donate_argnums=0)
+
+    def step(state: TrainState, micro_batches: Sequence[TrainBatch]) -> tuple[TrainState, dict[str, jax.Array]]:
+        sums = zero(state.model, micro_batches[0])
+        for rows in micro_batches:
+            sums = add(state.model, sums, rows)
+        return apply(state, sums)
+
+    return step
+
+
+def _zero_sums(loss_fn: LossFn, model: Transformer, rows: TrainBatch):
+    like = jax.eval_shape(lambda: _micro(loss_fn, model, rows))
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), like)
+
+
+def _add_micro(loss_fn: LossFn, model: Transformer, sums, rows: TrainBatch):
+    return jax.tree.map(jnp.add, sums, _micro(loss_fn, model, rows))
+
+
+def _micro(loss_fn: LossFn, model: Transformer, rows: TrainBatch):
+    """((loss, metrics), gradient) of one micro-batch, all sums."""
+    value, grads = jax.value_and_grad(loss_fn, has_aux=True)(model, rows)
+    return value, to_float32(grads)
+
+
+def _update(state: TrainState, loss, metrics, grads, useful, optimizer, clip_norm: float, seed: int):
+    """The state after one update, or as it was but for the counters if that would not be finite or `useful` is False."""
+    norm = optax.tree.norm(grads)
+    if clip_norm:
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)), grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, to_float32(state.model))
+    model = apply_updates(state.model, updates, jax.random.fold_in(jax.random.key(seed), state.step))
+    keep = finite & useful
+    model, opt_state = jax.tree.map(lambda new, old: jnp.where(keep, new, old), (model, opt_state), (state.model, state.opt_state))
+    bad = (~finite).astype(jnp.int32)
+    state = TrainState(state.step + 1, model, opt_state, state.skipped + bad, (state.skipped_in_a_row + 1) * bad)
+    return state, metrics | {'loss': loss, 'grad_norm': norm, 'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
 
 
 def make_eval_step(loss_fn: LossFn):

@@ -1,0 +1,1 @@
+"""Reinforcement learning: groups of graded answers in, better weights out."""
