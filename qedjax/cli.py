@@ -12,6 +12,7 @@ from typing import NoReturn
 from absl import app, logging
 
 from qedjax.checkpoint.manager import CheckpointError
+from qedjax.llm.client import EndpointError
 
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # that torch is not installed: nothing here needs it
 
@@ -24,7 +25,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             raise app.UsageError(f'unexpected argument {argv[1]!r}; flags are written --name=value')
         try:
             main(argv)
-        except (ValueError, CheckpointError, OSError, FloatingPointError) as error:
+        except (ValueError, CheckpointError, EndpointError, OSError, FloatingPointError) as error:
             logging.debug('traceback of the error below', exc_info=True)
             _end(error, 2)
         except KeyboardInterrupt:

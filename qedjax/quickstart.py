@@ -1,6 +1,7 @@
 """The recipe in small: a decoder of about a million parameters learns to prove derivations from a noisy teacher, on a laptop CPU.
 
-Stages: make the data, SFT from scratch, sample held-out proofs, grade them by their rubrics, export to Hugging Face and verify.
+Stages: make the data, SFT from scratch, RL with rubric rewards, sample held-out proofs of both models and grade them by their rubrics,
+export to Hugging Face and verify.
 """
 
 import dataclasses
@@ -22,6 +23,10 @@ from qedjax.grading.grade import FULL
 from qedjax.grading.rubric import render
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
+from qedjax.rl import loop
+from qedjax.rl.config import RLConfig
+from qedjax.rl.losses import ObjectiveConfig
+from qedjax.rl.problems import ProblemsConfig
 from qedjax.rollout.engine import Engine
 from qedjax.rollout.engine_config import EngineConfig
 from qedjax.sharding import MeshConfig, make_mesh, rollout_mesh_of_all
@@ -44,7 +49,8 @@ class QuickstartConfig:
       slip: share of the teacher's lines whose arithmetic is wrong: what SFT imitates and RL can cure.
       problems: held-out problems of each length that are sampled and graded.
       max_tokens: budget of one answer.
-      sft: the run; its data, tokenizer and seed are set here.
+      rl_problems: training problems that RL draws from.
+      sft, rl: the runs; their data, tokenizer, checkpoint and seed are set here.
       seed: of everything.
     """
 
@@ -52,11 +58,17 @@ class QuickstartConfig:
     slip: float = 0.1
     problems: int = 128
     max_tokens: int = 112
+    rl_problems: int = 4096
     sft: SFTConfig = dataclasses.field(default_factory=lambda: SFTConfig(
         model=ModelConfig(vocab_size=288, embed_dim=192, mlp_dim=576, num_layers=2, num_heads=6, num_kv_heads=6, head_dim=32,
                           max_positions=1024, rope_theta=1e4, init_std=0.05, dtype='float32', attention_block=256, remat='none'),
         format='pair', row_length=256, batch_size=8, save_every=100,
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_fraction=0.05, b2=0.98, weight_decay=0.01)))
+    rl: RLConfig = dataclasses.field(default_factory=lambda: RLConfig(
+        model=ModelConfig(dtype='float32', attention_block=256, remat='none'), grader='derivations', problems=ProblemsConfig(max_prompt=64),
+        group_size=8, groups=16, steps=40, temperature=1.0, row_length=256, micro_rows=8, save_every=10,
+        objective=ObjectiveConfig(zero_variance='refill'), engine=EngineConfig(slots=32, staged=32, prefill_tokens=2048),
+        optimizer=OptimizerConfig(learning_rate=3e-4, schedule='constant', warmup_fraction=0.0, b2=0.98, clip_norm=0.3)))
     seed: int = 0
 
 
@@ -76,30 +88,23 @@ def run(cfg: QuickstartConfig, workdir: str | pathlib.Path) -> dict[str, dict[st
     An interrupted run goes on with its last checkpoint. Raises ValueError if the workdir holds a finished one.
     """
     workdir, started = pathlib.Path(workdir), time.monotonic()
-    data, sft, export = workdir / 'data', workdir / 'sft', workdir / 'export'
+    data, sft, rl, export = (workdir / name for name in ('data', 'sft', 'rl', 'export'))
     if export.exists():
         raise ValueError(f'{workdir} holds a finished quickstart; delete it or name another --workdir')
     if cfg.problems < 2:
         raise ValueError(f'problems={cfg.problems} are too few for an interval; grade at least 2')
-    logging.info('1/4 data: %d proofs by a teacher that slips in %.0f%% of its lines', cfg.documents, 100 * cfg.slip)
+    logging.info('1/5 data: %d proofs by a teacher that slips in %.0f%% of its lines', cfg.documents, 100 * cfg.slip)
     write_data(cfg, data)
-    logging.info('2/4 SFT from random weights')
+    logging.info('2/5 SFT from random weights')
     train(dataclasses.replace(cfg.sft, tokenizer=str(data / 'tokenizer'), train=Source(str(data / 'train.jsonl')),
                               evaluation=Source(str(data / 'held_out.jsonl')), seed=cfg.seed), str(sft))
-    logging.info('3/4 sampling and grading held-out problems')
-    mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
-    model = load_model(sft, mesh, saved_config(sft))
-    sampler = sample_proofs(model, load_tokenizer(sft), cfg.max_tokens, cfg.seed)
-    scores: dict[str, dict[str, Score]] = {'teacher': {}, 'SFT': {}}
-    (workdir / 'samples.jsonl').unlink(missing_ok=True)  # of a run that was interrupted here
-    for kind, (low, high) in KINDS.items():
-        chosen = problems(cfg.seed, 'held_out', cfg.problems, low, high)
-        rng = np.random.default_rng(cfg.seed)
-        scores['teacher'][kind] = score(chosen, [Completion(teacher_proof(p, rng, cfg.slip), (), (), 'stop') for p in chosen])
-        scores['SFT'][kind] = score(chosen, completions := sampler(chosen))
-        write_samples(workdir / 'samples.jsonl', chosen, completions)
-    logging.info('4/4 export to Hugging Face and verification')
-    save_hf(model, export, files=sft / HF_FILES)
+    logging.info('3/5 RL with rubric rewards')
+    loop.train(rl_config(cfg, workdir), str(rl))
+    logging.info('4/5 sampling and grading held-out problems')
+    scores = compare(cfg, {'SFT': sft, 'RL': rl}, workdir / 'samples.jsonl')
+    logging.info('5/5 export to Hugging Face and verification')
+    model = load_model(rl, make_mesh(MeshConfig(data=-1, fsdp=1)), saved_config(rl))
+    save_hf(model, export, files=rl / HF_FILES)
     tensors = verify_hf(model, export)
     print(table(scores))
     print(f'{tensors} tensors of {export} equal the checkpoint; samples are in {workdir / "samples.jsonl"}; '
@@ -107,12 +112,43 @@ def run(cfg: QuickstartConfig, workdir: str | pathlib.Path) -> dict[str, dict[st
     return scores
 
 
+def compare(cfg: QuickstartConfig, models: Mapping[str, pathlib.Path], samples: pathlib.Path) -> dict[str, dict[str, Score]]:
+    """Scores of the teacher and of each model (name -> workdir) on held-out problems; all samples of the models are written too."""
+    samples.unlink(missing_ok=True)  # of a run that was interrupted here
+    scores: dict[str, dict[str, Score]] = {'teacher': {}}
+    for kind in KINDS:
+        rng, chosen = np.random.default_rng(cfg.seed), held_out(cfg, kind)
+        scores['teacher'][kind] = score(chosen, [Completion(teacher_proof(p, rng, cfg.slip), (), (), 'stop') for p in chosen])
+    for name, workdir in models.items():
+        model = load_model(workdir, make_mesh(MeshConfig(data=-1, fsdp=1)), saved_config(workdir))
+        sampler = sample_proofs(model, load_tokenizer(workdir), cfg.max_tokens, cfg.seed)
+        scores[name] = {}
+        for kind in KINDS:
+            completions = sampler(held_out(cfg, kind))
+            scores[name][kind] = score(held_out(cfg, kind), completions)
+            write_samples(samples, name, held_out(cfg, kind), completions)
+    return scores
+
+
+def held_out(cfg: QuickstartConfig, kind: str) -> list[Problem]:
+    """The held-out problems of a kind."""
+    return problems(cfg.seed, 'held_out', cfg.problems, *KINDS[kind])
+
+
+def rl_config(cfg: QuickstartConfig, workdir: str | pathlib.Path) -> RLConfig:
+    """The RL run of a quickstart in `workdir`, whose data and SFT must be there."""
+    workdir = pathlib.Path(workdir)
+    return dataclasses.replace(cfg.rl, init=str(workdir / 'sft'), train=Source(str(workdir / 'data' / 'problems.jsonl')),
+                               max_tokens=cfg.max_tokens, seed=cfg.seed)
+
+
 def write_data(cfg: QuickstartConfig, folder: pathlib.Path) -> None:
-    """The tokenizer, the teacher's proofs of training problems, and perfect proofs of held-out ones."""
+    """The tokenizer, the teacher's proofs of training problems, perfect proofs of held-out ones, and problems for RL."""
     tiny_tokenizer('none').save_pretrained(folder / 'tokenizer')
     low, high = KINDS[TRAINED]
-    held_out = [{'prompt': p.text, 'completion': p.proof} for p in problems(cfg.seed, 'held_out', 256, low, high)]
-    for name, rows in (('train', sft_rows(cfg.seed, cfg.documents, low, high, cfg.slip)), ('held_out', held_out)):
+    proofs = [{'prompt': p.text, 'completion': p.proof} for p in problems(cfg.seed, 'held_out', 256, low, high)]
+    chains = [{'problem': p.text} for p in problems(cfg.seed + 1, 'train', cfg.rl_problems, low, high)]
+    for name, rows in (('train', sft_rows(cfg.seed, cfg.documents, low, high, cfg.slip)), ('held_out', proofs), ('problems', chains)):
         (folder / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
 
@@ -139,13 +175,13 @@ def score(chosen: Sequence[Problem], completions: Sequence[Completion]) -> Score
     return Score(float(np.mean(rewards)), float(interval), float(np.mean(lengths)), float(np.mean(cut)))
 
 
-def write_samples(path: pathlib.Path, chosen: Sequence[Problem], completions: Sequence[Completion]) -> None:
-    """Appends problem, rubric, proof, grade and feedback of each sample, for people to read."""
+def write_samples(path: pathlib.Path, model: str, chosen: Sequence[Problem], completions: Sequence[Completion]) -> None:
+    """Appends model, problem, rubric, proof, grade and feedback of each sample, for people to read."""
     with path.open('a') as file:
         for problem, completion in zip(chosen, completions, strict=True):
             graded = grade(problem, completion.text)
-            row = {'problem': problem.text, 'rubric': render(rubric(problem)), 'proof': completion.text, 'score': graded.score,
-                   'feedback': graded.feedback, 'finish_reason': completion.finish_reason}
+            row = {'model': model, 'problem': problem.text, 'rubric': render(rubric(problem)), 'proof': completion.text,
+                   'score': graded.score, 'feedback': graded.feedback, 'finish_reason': completion.finish_reason}
             file.write(json.dumps(row) + '\n')
 
 

@@ -1,9 +1,14 @@
-"""Tiny models and tokenizers for tests of this project and of its forks."""
+"""Tiny models and tokenizers, and a scripted judge behind HTTP, for tests of this project and of its forks."""
 
+import contextlib
 import dataclasses
+import http.server
 import json
 import os
 import pathlib
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -130,3 +135,74 @@ def write_sums(folder: str | os.PathLike, rows: int = 90) -> None:
              for p in pairs.tolist()]
     for name, part in (('held_out', lines[: rows // 10]), ('train', lines[rows // 10 :])):
         (folder / f'{name}.jsonl').write_text('\n'.join(part) + '\n')
+
+
+class ScriptedServer(contextlib.AbstractContextManager):
+    """A real HTTP server with OpenAI's chat and responses APIs, whose every reply a function decides: judges that misbehave, on purpose.
+
+    Args:
+      reply: gets the number of the call (from 0) and the request's body, and returns a text to be sent as the model's, a dict to be sent
+        as the whole body, bytes to be sent as they are, or a (status, headers, body) triple; a float is slept for first, as (float, reply).
+
+    Attributes:
+      base_url: of the API. calls: bodies of all requests, in order.
+    """
+
+    def __init__(self, reply: Callable[[int, dict[str, Any]], Any]):
+        self.calls: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = 'HTTP/1.1'
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers['content-length'])))
+                with server._lock:
+                    server.calls.append(body)
+                    number = len(server.calls) - 1
+                server._answer(self, reply(number, body), responses=self.path.endswith('/responses'))
+
+            def log_message(self, *_):
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+            block_on_close = False
+
+            def handle_error(self, *_):
+                pass  # clients that give up are what these tests are about
+
+        self._server = Server(('127.0.0.1', 0), Handler)
+        self.base_url = f'http://127.0.0.1:{self._server.server_port}/v1'
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _answer(self, handler, said: Any, responses: bool) -> None:
+        if isinstance(said, tuple) and isinstance(said[0], float):
+            time.sleep(said[0])
+            said = said[1]
+        status, headers, body = said if isinstance(said, tuple) else (200, {}, said)
+        if isinstance(body, str) and status == 200:
+            body = model_reply(body, responses)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        handler.send_response(status)
+        for name, value in ({'content-type': 'application/json', 'content-length': str(len(content))} | headers).items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+
+def model_reply(text: str, responses: bool = False, finish: str = 'stop') -> dict[str, Any]:
+    """The body of a successful reply of either API."""
+    if responses:
+        return {'id': 'r', 'object': 'response', 'status': 'completed', 'usage': {'input_tokens': 10, 'output_tokens': 5},
+                'output': [{'type': 'reasoning', 'summary': []},
+                           {'type': 'message', 'role': 'assistant', 'content': [{'type': 'output_text', 'text': text}]}]}
+    return {'id': 'c', 'object': 'chat.completion', 'usage': {'prompt_tokens': 10, 'completion_tokens': 5},
+            'choices': [{'index': 0, 'finish_reason': finish, 'message': {'role': 'assistant', 'content': text}}]}

@@ -7,14 +7,14 @@ FULL = 7
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """An answer was graded. Raises ValueError unless `score` is an int in 0 .. 7."""
+    """An answer was graded. Raises ValueError unless `score`, an int or a mean of several, lies in [0, 7]."""
 
-    score: int
+    score: float
     feedback: str = ''
 
     def __post_init__(self):
-        if type(self.score) is not int or not 0 <= self.score <= FULL:
-            raise ValueError(f'score is {self.score!r}; it must be an integer from 0 to {FULL}')
+        if type(self.score) not in (int, float) or not 0 <= self.score <= FULL:
+            raise ValueError(f'score is {self.score!r}; it must be a number from 0 to {FULL}')
 
     @property
     def reward(self) -> float:

@@ -49,6 +49,8 @@ def make_samples(groups: Sequence[Group], cfg: ObjectiveConfig, max_tokens: int)
     """
     graded = []
     for group in groups:
+        if cfg.zero_variance == 'drop' and not varied(group, cfg, max_tokens):
+            continue
         advantages = group_advantages(shaped_rewards(group, cfg, max_tokens), cfg.advantage)
         if advantages is not None:
             graded.append([(r, float(a)) for r, a in zip(group.rollouts, advantages, strict=True) if not np.isnan(a)])

@@ -1,0 +1,74 @@
+"""From problems to graded groups: each answer goes to the grader as soon as it is whole, while others are still being written."""
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from qedjax.data.chat import OPEN, split_thinking
+from qedjax.grading.grade import Graded
+from qedjax.grading.grader import Grader
+from qedjax.llm.client import LanguageModel
+from qedjax.rl.problems import Problem
+from qedjax.types import Completion, Group, Rollout, SamplingParams
+
+FAULTS = ('cancelled', 'error', 'deadline')  # finish reasons that say nothing about the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Actor:
+    """Samples and grades groups.
+
+    Attributes:
+      model: the endpoint that answers.
+      grader: of the answers.
+      tokenizer: of the model.
+      params: of every sample; seed and sample index are set here.
+      size: answers a group.
+      seed: of the run.
+    """
+
+    model: LanguageModel
+    grader: Grader
+    tokenizer: object
+    params: SamplingParams
+    size: int
+    seed: int
+
+    async def group(self, problem: Problem, draw: int) -> Group:
+        """All answers to one problem, graded. Seeds depend on (run seed, draw, index of the answer) alone."""
+        seed = int(np.random.SeedSequence((self.seed, draw)).generate_state(1)[0])
+        params = [dataclasses.replace(self.params, seed=seed, sample=i) for i in range(self.size)]
+        rollouts = await gather(*(self.rollout(problem, p) for p in params))
+        return Group(draw, problem.row['problem'], tuple(rollouts))
+
+    async def rollout(self, problem: Problem, params: SamplingParams) -> Rollout:
+        """One answer. What was never said is worth 0 and costs no call; what was interrupted is not graded."""
+        completion = await self.model.complete(problem.prompt_ids, params)
+        answer = self.answer_of(completion)
+        if completion.finish_reason in FAULTS:
+            return Rollout(completion, answer, None, f'the sampler ended it: {completion.finish_reason}')
+        if not answer.strip():
+            return Rollout(completion, '', 0.0, 'no answer')
+        grade = await self.grader.grade(problem.row, answer)
+        if isinstance(grade, Graded):
+            return Rollout(completion, answer, grade.reward, grade.feedback)
+        return Rollout(completion, answer, None, grade.reason)
+
+    def answer_of(self, completion: Completion) -> str:
+        """The text after thinking ends; '' if it was cut before."""
+        opened = self.tokenizer.decode(completion.prompt_ids[-8:]).rstrip().endswith(OPEN)  # type: ignore[attr-defined]
+        return split_thinking(completion.text, opened).answer
+
+
+async def gather(*coroutines) -> Sequence:
+    """Their results; when one fails, the others are cancelled before its error is raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

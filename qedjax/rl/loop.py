@@ -1,0 +1,230 @@
+"""The RL loop: engine and learner share the devices by turns, and the grader is never waited for while there is other work.
+
+    engine   | chunk | chunk | ... |         | chunk | ...        requests stay in flight across updates (max_lag > 0)
+    learner  |       |       |     | update  |       |
+    grader   |   answers as they come, over the network           |
+
+With max_lag = 0 a step begins its groups together, waits for all of them and is reproducible bit by bit.
+"""
+
+import asyncio
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from qedjax.checkpoint.load import copy_tokenizer, load_model, load_tokenizer, read_generation_config, resolve_config
+from qedjax.checkpoint.manager import Checkpointer
+from qedjax.data.chat import num_valid_ids, stop_ids
+from qedjax.data.sources import Source
+from qedjax.grading.grader import Grader, make_grader
+from qedjax.llm.client import EndpointError
+from qedjax.llm.local import LocalEndpoint
+from qedjax.metrics import MetricWriter, Progress, keep_rows, write_run_files
+from qedjax.rl.actor import Actor
+from qedjax.rl.collector import Collector, all_at_once
+from qedjax.rl.config import RLConfig, validate
+from qedjax.rl.learner import Learner, describe
+from qedjax.rl.problems import read_problems
+from qedjax.rollout import engine_config
+from qedjax.rollout.engine import Engine
+from qedjax.sharding import abstract, make_mesh, rollout_mesh_of_all
+from qedjax.train.step import TrainState
+from qedjax.types import Group, SamplingParams
+
+SAMPLES = 'samples.jsonl'
+
+
+def train(cfg: RLConfig, workdir: str, *, mode: str = 'resume', devices: list[jax.Device] | None = None,
+          grader: Grader | None = None) -> TrainState:
+    """Runs (or resumes) one RL run and returns its last state.
+
+    Args:
+      cfg: the run.
+      workdir: receives checkpoints/, hf_files/, config.json, environment.json, metrics.jsonl, tensorboard/, samples.jsonl.
+      mode: 'resume', 'fresh' or 'overwrite', as Checkpointer.
+      devices: to train on; all by default.
+      grader: instead of the config's.
+
+    Raises ValueError for a config, data or checkpoint that does not fit, EndpointError when the grader cannot serve any more (the
+    checkpoint of the last step is written first), FloatingPointError after `max_skipped` bad steps in a row.
+    """
+    validate(cfg)
+    if jax.process_count() > 1:
+        raise ValueError('RL runs in one process for now; start it on a single host')
+    run = _Run(cfg, pathlib.Path(workdir), devices, grader)
+    fingerprint = {'config': dataclasses.asdict(dataclasses.replace(cfg, steps=0, save_every=1, keep=1)), 'problems': run.digest}
+    with Checkpointer(run.workdir / 'checkpoints', json.loads(json.dumps(fingerprint)), mode=mode, keep=cfg.keep) as checkpoints:
+        copy_tokenizer(cfg.init, run.workdir, anew=checkpoints.latest_complete() is None)
+        write_run_files(run.workdir, dataclasses.replace(cfg, model=run.model_config))
+        return asyncio.run(run.main(checkpoints))
+
+
+class _Run:
+    """What a run holds on to; everything that can be refused is refused while this is made, before weights are read."""
+
+    def __init__(self, cfg: RLConfig, workdir: pathlib.Path, devices: list[jax.Device] | None, grader: Grader | None):
+        self.cfg, self.workdir = cfg, workdir
+        self.mesh = make_mesh(cfg.mesh, devices)
+        shards, context = self.mesh.shape['data'] * self.mesh.shape['fsdp'], self.mesh.shape['context']
+        if cfg.micro_rows % shards or cfg.row_length % context:
+            raise ValueError(f'micro_rows={cfg.micro_rows} rows of row_length={cfg.row_length} cannot be shared evenly by data x fsdp = '
+                             f'{shards} devices with context = {context}; change them or mesh')
+        self.model_config = resolve_config(cfg.init, cfg.model)
+        self.tokenizer = load_tokenizer(cfg.init)
+        self.num_valid = num_valid_ids(self.tokenizer)
+        self.stops = stop_ids(self.tokenizer, read_generation_config(cfg.init))
+        self.grader = grader or make_grader(cfg.grader, cfg.judge, str(workdir))
+        self.problems = self._read(cfg.train)
+        self.held_out = self._read(cfg.evaluation.source)[: cfg.evaluation.problems or None] if cfg.evaluation.source.path else []
+        self.digest = [len(self.problems), hash_of(p.prompt_ids for p in self.problems)]
+        self.rollout_mesh = rollout_mesh_of_all(cfg.tensor)
+        self.engine_config, self.rollout_config = self._sizes()
+        self.learner = Learner(cfg, self.model_config, self.mesh, self.num_valid)
+
+    def _read(self, source: Source) -> list:
+        return read_problems(source, self.cfg.problems, self.tokenizer, self.grader.check)
+
+    def _sizes(self) -> tuple[engine_config.EngineConfig, Any]:
+        """The engine's sizes and the config of its copy of the model, checked against the longest prompt with a whole answer."""
+        cfg, shards = self.cfg, self.rollout_mesh.shape['data']
+        longest = max(len(problem.prompt_ids) for problem in [*self.problems, *self.held_out]) + cfg.max_tokens
+        config = dataclasses.replace(cfg.engine, max_length=cfg.engine.max_length or longest)
+        if longest > min(config.max_length, self.model_config.max_positions):
+            raise ValueError(f'the longest prompt with max_tokens={cfg.max_tokens} comes to {longest} positions, but the engine takes '
+                             f'{config.max_length} and the model {self.model_config.max_positions}; lower max_tokens')
+        rollout = dataclasses.replace(self.model_config, param_dtype=self.model_config.dtype, remat='none')
+        engine_config.validate(config, shards, rollout)
+        limits = engine_config.limits_of(config, rollout, self.num_valid, shards)
+        if longest > limits.cached or len(self.stops) > limits.max_stop_ids:
+            raise ValueError(f'a request may come to {longest} positions and has {len(self.stops)} stop ids, but the engine has cache for '
+                             f'{limits.cached} a shard and places for {limits.max_stop_ids}; raise engine.cache_tokens or max_stop_ids')
+        return config, rollout
+
+    async def main(self, checkpoints: Checkpointer) -> TrainState:
+        """The whole run, inside an event loop."""
+        state, position, start = self._start(checkpoints)
+        if self.cfg.objective.kl_coef:
+            frozen = dataclasses.replace(self.model_config, param_dtype=self.model_config.dtype)
+            self.learner.reference = load_model(self.cfg.reference or self.cfg.init, self.mesh, frozen)
+        engine = Engine(state.model, self.rollout_mesh, self.engine_config, self.num_valid, self.tokenizer, cfg=self.rollout_config)
+        engine.version = start
+        params = SamplingParams(self.cfg.temperature, self.cfg.max_tokens, stop_ids=self.stops)
+        async with LocalEndpoint(engine, self.stops) as endpoint:
+            actor = Actor(endpoint, self.grader, self.tokenizer, params, self.cfg.group_size, self.cfg.seed)
+            collector = Collector(self.cfg, endpoint, actor, self.problems, **position)
+            try:
+                return await self._steps(state, start, engine, endpoint, actor, collector, checkpoints)
+            finally:
+                await collector.close()
+                await self.grader.close()
+
+    def _start(self, checkpoints: Checkpointer) -> tuple[TrainState, dict[str, Any], int]:
+        if checkpoints.latest_complete() is not None:
+            state, metadata, step = checkpoints.restore(abstract(lambda: self.learner.fresh(self.model_config), self.mesh))
+            return state, metadata['position'], step
+        return self.learner.init(load_model(self.cfg.init, self.mesh, self.model_config)), {}, 0
+
+    async def _steps(self, state, start: int, engine: Engine, endpoint: LocalEndpoint, actor: Actor, collector: Collector,
+                     checkpoints: Checkpointer) -> TrainState:
+        cfg, progress = self.cfg, Progress('rl', self.cfg.steps)
+        keep_rows(self.workdir / SAMPLES, start)
+        with MetricWriter(self.workdir, start) as writer, (self.workdir / SAMPLES).open('a', encoding='utf-8') as samples:
+            if start == 0 and self.held_out:
+                self._log(writer, 0, await self.evaluate(endpoint, actor))
+            for step in range(start, cfg.steps):
+                clock = _Clock(engine)
+                try:
+                    groups = await collector.collect(step)
+                except EndpointError:  # the grader is gone: nothing that was learnt may be lost with it
+                    self._save(checkpoints, step, state, collector)
+                    raise
+                clock.lap('collect')
+                async with endpoint.held():
+                    state, metrics = await asyncio.to_thread(self.learner.step, state, groups)
+                await endpoint.set_weights(state.model, step + 1)
+                clock.lap('learn')
+                metrics |= describe(groups, cfg, step) | {f'dropped/{k}': v for k, v in vars(collector.counts).items()} | clock.shares()
+                write_samples(samples, step + 1, groups)
+                rates = progress.update(step + 1, sum(len(r.completion.ids) for g in groups for r in g.rollouts), reward=metrics['reward'])
+                writer.write(step + 1, metrics | rates)
+                if metrics.get('skipped_in_a_row', 0) >= cfg.max_skipped:
+                    raise FloatingPointError(f'loss or gradient was not finite in {cfg.max_skipped} steps in a row, up to step {step + 1}')
+                score = None
+                if self.held_out and (step + 1 == cfg.steps or (cfg.evaluation.every and (step + 1) % cfg.evaluation.every == 0)):
+                    score = await self.evaluate(endpoint, actor)
+                    self._log(writer, step + 1, score)
+                if step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
+                    self._save(checkpoints, step + 1, state, collector, -score['eval/reward'] if score else None)
+        return state
+
+    def _save(self, checkpoints: Checkpointer, step: int, state: TrainState, collector: Collector, metric: float | None = None) -> None:
+        if step and step != checkpoints.latest_complete():
+            position = {'draw': collector.draw, 'pending': collector.pending}
+            checkpoints.save(step, state, {'model': dataclasses.asdict(self.model_config), 'position': position}, metric)
+            checkpoints.wait()
+
+    def _log(self, writer: MetricWriter, step: int, metrics: dict[str, float]) -> None:
+        writer.write(step, metrics)
+        logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})
+
+    async def evaluate(self, endpoint: LocalEndpoint, actor: Actor) -> dict[str, float]:
+        """Mean reward on the held-out problems, with half a 95% interval over problems."""
+        settings = self.cfg.evaluation
+        params = dataclasses.replace(actor.params, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
+        judge = dataclasses.replace(actor, params=params, size=settings.samples, seed=self.cfg.seed ^ 0x5EED)
+        groups = await all_at_once(endpoint, judge, [(problem, i) for i, problem in enumerate(self.held_out)])
+        scores = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
+        means, rollouts = [np.mean(s) for s in scores if s], [r for group in groups for r in group.rollouts]
+        return {
+            'eval/reward': float(np.mean(means)) if means else float('nan'),
+            'eval/interval': float(1.96 * np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float('nan'),
+            'eval/ungraded': float(np.mean([r.reward is None for r in rollouts])),
+            'eval/tokens': float(np.mean([len(r.completion.ids) for r in rollouts])),
+            'eval/truncated': float(np.mean([r.completion.finish_reason == 'length' for r in rollouts])),
+        }
+
+
+class _Clock:
+    """Where the seconds of a step go: into decoding, learning, and waiting with idle devices."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._start, self._busy, self._laps = engine, time.perf_counter(), self._work(engine), dict[str, float]()
+
+    def lap(self, name: str) -> None:
+        """Ends a part of the step."""
+        self._laps[name] = time.perf_counter() - self._start - sum(self._laps.values())
+
+    def shares(self) -> dict[str, float]:
+        """Seconds of the step and their shares."""
+        seconds = sum(self._laps.values())
+        decode = self._work(self._engine) - self._busy
+        return {'seconds': seconds, 'share/decode': decode / seconds, 'share/learn': self._laps['learn'] / seconds,
+                'share/idle': max(self._laps['collect'] - decode, 0.0) / seconds}
+
+    @staticmethod
+    def _work(engine: Engine) -> float:
+        return engine.stats.worked + engine.stats.waited
+
+
+def write_samples(file, step: int, groups: list[Group]) -> None:
+    """Appends every answer of a step, for people to read."""
+    for group in groups:
+        for i, r in enumerate(group.rollouts):
+            row = {'step': step, 'draw': group.draw, 'sample': i, 'problem': group.problem, 'answer': r.answer, 'reward': r.reward,
+                   'feedback': r.feedback, 'text': r.completion.text, 'finish_reason': r.completion.finish_reason,
+                   'tokens': len(r.completion.ids), 'versions': r.completion.versions}
+            file.write(json.dumps(row, ensure_ascii=False) + '\n')
+    file.flush()
+
+
+def hash_of(values) -> str:
+    """Short content hash of plain values."""
+    import hashlib
+
+    return hashlib.sha256(repr(list(values)).encode()).hexdigest()[:16]
