@@ -6,7 +6,11 @@ import pathlib
 import pytest
 from ml_collections import config_flags
 
+from qedjax.grading import judge
+from qedjax.llm import remote
 from qedjax.model.config import validate as validate_model
+from qedjax.rl.config import RLConfig
+from qedjax.rl.config import validate as validate_rl
 from qedjax.train.sft import SFTConfig, validate
 
 NAMES = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
@@ -16,9 +20,12 @@ NAMES = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / 'confi
 def test_config_is_valid_and_documented(name):
     module = importlib.import_module(f'configs.{name}')
     cfg = module.get_config()
-    assert isinstance(cfg, SFTConfig)
-    validate(cfg)
+    assert isinstance(cfg, RLConfig if name.endswith('_rl') else SFTConfig)
+    (validate_rl if name.endswith('_rl') else validate)(cfg)
     validate_model(cfg.model)
+    if name.endswith('_rl') and cfg.grader == 'judge':
+        judge.validate(cfg.judge)
+        remote.validate(cfg.judge.remote)
     assert f'configs/{name}.py' in module.__doc__  # the command
 
 
@@ -26,6 +33,19 @@ def test_qed_nano_sft_is_the_recipe():
     cfg = importlib.import_module('configs.qed_nano_sft').get_config()
     assert (cfg.steps, cfg.save_every, cfg.evaluate_every, cfg.row_length) == (620, 124, 124, 45_056)
     assert (cfg.optimizer.learning_rate, cfg.optimizer.schedule, cfg.optimizer.warmup_fraction) == (3e-5, 'cosine', 0.03)
+
+
+def test_qed_nano_rl_is_the_recipe():
+    cfg = importlib.import_module('configs.qed_nano_rl').get_config()
+    assert (cfg.groups, cfg.group_size, cfg.max_tokens, cfg.temperature, cfg.row_length) == (64, 16, 49_152, 0.8, 49_920)
+    objective = cfg.objective
+    assert (objective.loss, objective.clip_low, objective.clip_high, objective.kl_coef, objective.entropy_coef) == ('ppo', 4, 4, 0, 1e-4)
+    assert (objective.advantage, objective.normaliser, objective.overlong, objective.zero_variance) == ('mean', 'samples', 'zero', 'keep')
+    optimizer = cfg.optimizer
+    assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup_fraction, optimizer.weight_decay, optimizer.clip_norm) == (
+        1e-6, 'constant', 0.0, 0.01, 0.3)
+    assert (cfg.judge.remote.api, cfg.judge.remote.effort) == ('responses', 'medium')
+    assert (cfg.judge.temperature, cfg.judge.max_tokens) == (1, 81_920)
 
 
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # of ml_collections

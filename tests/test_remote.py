@@ -35,11 +35,9 @@ def ask(reply, count=1, params=None, **changes):
 def test_both_apis(api):
     (completion,), server, usage = ask(lambda *_: 'fine <score>7</score>', api=api, effort='medium', price_in=1.0, price_out=2.0)
     assert (completion.text, completion.finish_reason) == ('fine <score>7</score>', 'stop')
-    body, = server.calls
-    if api == 'chat':
-        assert body == {'model': 'judge', 'temperature': 0.5, 'messages': MESSAGES, 'max_completion_tokens': 100, 'reasoning_effort': 'medium'}
-    else:
-        assert body == {'model': 'judge', 'temperature': 0.5, 'input': MESSAGES, 'max_output_tokens': 100, 'reasoning': {'effort': 'medium'}}
+    wanted = {'chat': {'messages': MESSAGES, 'max_completion_tokens': 100, 'reasoning_effort': 'medium'},
+              'responses': {'input': MESSAGES, 'max_output_tokens': 100, 'reasoning': {'effort': 'medium'}}}
+    assert server.calls == [{'model': 'judge', 'temperature': 0.5} | wanted[api]]
     assert (usage.calls, usage.tokens_in, usage.tokens_out, usage.cost) == (1, 10, 5, pytest.approx(20e-6))
 
 

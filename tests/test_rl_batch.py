@@ -29,7 +29,7 @@ def test_each_number_lies_where_its_id_is_predicted():
     batch, = pack(samples, 16, 1)
     order = [int(t) for t in batch.tokens[0] if t]
     for sample in samples:
-        start = next(i for i in range(16) if tuple(batch.tokens[0, i + 3 : i + 3 + len(sample.ids)]) == sample.ids and batch.tokens[0, i] == 90)
+        start = next(i for i in range(16) if tuple(batch.tokens[0, i : i + len(sample)]) == sample.prompt + sample.ids)
         seen = slice(start + 2, start + 2 + len(sample.ids))
         np.testing.assert_array_equal(batch.targets[0, seen], sample.ids)
         np.testing.assert_allclose(batch.logprobs[0, seen], sample.logprobs)

@@ -37,7 +37,10 @@ Deductions
 @st.composite
 def rubrics(draw):
     checkpoints = tuple(Checkpoint(draw(TEXTS), points) for points in draw(POINTS))
-    return Rubric(checkpoints, tuple(draw(st.lists(TEXTS, max_size=3))), tuple(draw(st.lists(DEDUCTIONS, max_size=3))))
+    common, best = (checkpoints[:-1], checkpoints[-1:]) if draw(st.booleans()) else (checkpoints, ())
+    other = (Checkpoint(draw(TEXTS), draw(st.integers(1, best[0].points))),) if best else ()
+    return Rubric(common, tuple(draw(st.lists(TEXTS, max_size=3))), tuple(draw(st.lists(DEDUCTIONS, max_size=3))),
+                  (best, other) if best else ())
 
 
 def test_text_of_a_rubric():
@@ -49,6 +52,19 @@ def test_text_of_a_rubric():
 @given(rubric=rubrics())
 def test_parse_undoes_render(rubric):
     assert parse(render(rubric)) == rubric
+
+
+def test_alternatives_do_not_add_up():
+    text = ('Checkpoints (7 pts total)\n1. [4 pts] Idea.\nAlternative A\n2. [3 pts] Rest.\nAlternative B\n2. [1 pt] Half.\n'
+            '3. [1 pt] More.\n\nZero-credit items\n- Guessing.')
+    rubric = parse(text)
+    assert [[c.points for c in chain] for chain in rubric.alternatives] == [[3], [1, 1]]
+    assert render(rubric) == text
+    for bad, says in (('[3 pts] Rest', '[2 pts] Rest'), ('[3 pts] Rest', '[4 pts] Rest')):
+        with pytest.raises(ValueError, match='with the best alternative are worth'):
+            parse(text.replace(bad, says))
+    with pytest.raises(ValueError, match='at least two'):
+        parse(text.split('Alternative B')[0])
 
 
 @settings(max_examples=100, deadline=None)
@@ -96,11 +112,11 @@ def test_what_is_wrong_with_a_value_is_named(changes, says):
             check(dataclasses.replace(RUBRIC, **changes))
 
 
-@pytest.mark.parametrize('score', [-1, 8, 6.5, 7.0, True, '7', None])
+@pytest.mark.parametrize('score', [-1, 8, 7.5, float('nan'), True, '7', None])
 def test_a_score_out_of_range_is_refused(score):
     with pytest.raises(ValueError, match='score is'):
         Graded(score)
 
 
 def test_rewards():
-    assert [Graded(score).reward for score in (0, 7)] == [0, 1]
+    assert [Graded(score).reward for score in (0, 3.5, 7)] == [0, 0.5, 1]
