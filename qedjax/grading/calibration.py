@@ -19,8 +19,8 @@ def agreement(problems: Sequence[Any], given: Sequence[float], human: Sequence[f
     |difference of the advantages| within a problem, each score less its problem's mean: what a policy gradient would see. NaN where
     there is nothing to measure.
     """
-    given, human = np.asarray(given, float), np.asarray(human, float)
-    if not len(given):
+    marks, truth = np.asarray(given, float), np.asarray(human, float)
+    if not len(marks):
         return dict.fromkeys(('mae', 'bias', 'buckets', 'order', 'advantage'), float('nan'))
     orders, advantages = [], []
     groups: dict[Any, list[int]] = {}
@@ -28,12 +28,12 @@ def agreement(problems: Sequence[Any], given: Sequence[float], human: Sequence[f
         groups.setdefault(problem, []).append(i)
     for members in groups.values():
         if len(members) > 1:
-            g, h = given[members], human[members]
+            g, h = marks[members], truth[members]
             advantages += np.abs((g - g.mean()) - (h - h.mean())).tolist()
             orders += [0.5 if g[a] == g[b] else float((g[a] > g[b]) == (h[a] > h[b]))
                        for a, b in itertools.combinations(range(len(members)), 2) if h[a] != h[b]]
-    buckets = [np.searchsorted(BUCKETS, np.clip(np.round(x), 0, FULL), side='right') for x in (given, human)]
-    return {'mae': float(np.abs(given - human).mean()), 'bias': float((given - human).mean()),
+    buckets = [np.searchsorted(BUCKETS, np.clip(np.round(x), 0, FULL), side='right') for x in (marks, truth)]
+    return {'mae': float(np.abs(marks - truth).mean()), 'bias': float((marks - truth).mean()),
             'buckets': float((buckets[0] == buckets[1]).mean()), 'order': _mean(orders), 'advantage': _mean(advantages)}
 
 

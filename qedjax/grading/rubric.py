@@ -123,8 +123,8 @@ def parse(text: str) -> Rubric:
             section.append(_item(name, line))
     if section is None:
         raise ValueError(f"no line is a 'Checkpoints' heading in {text[:60]!r}")
-    parts = (tuple(sections.get(name, ())) for name in ('checkpoints', 'zero-credit', 'deductions'))
-    return validate(Rubric(*parts, tuple(map(tuple, alternatives))))
+    checkpoints, zero_credit, deductions = (tuple(sections.get(name, ())) for name in ('checkpoints', 'zero-credit', 'deductions'))
+    return validate(Rubric(checkpoints, zero_credit, deductions, tuple(map(tuple, alternatives))))
 
 
 def _item(section: str, line: str) -> Checkpoint | Deduction | str:
