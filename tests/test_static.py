@@ -85,7 +85,7 @@ def test_a_seeded_stream_depends_on_seed_sample_and_position_alone(model, prompt
 def test_every_mesh_gives_the_same_ids(model, prompts):
     params = [SamplingParams(temperature=i % 2, max_tokens=6, seed=i) for i in range(len(prompts))]
     want = [r[0] for r in generate(model, prompts, params, num_valid=NUM_VALID, batch=8)]
-    for mesh in (make_rollout_mesh(2, 2), make_rollout_mesh(1, 4), make_mesh(MeshConfig(fsdp=4, tensor=2))):
+    for mesh in (make_rollout_mesh(2, 2), make_mesh(MeshConfig(fsdp=4, tensor=2))):
         with jax.set_mesh(mesh):
             moved = create(lambda: Transformer(tiny_config(init_std=0.1), jax.random.key(0)), mesh)
             assert [r[0] for r in generate(moved, prompts, params, num_valid=NUM_VALID, batch=8)] == want
