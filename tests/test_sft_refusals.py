@@ -84,6 +84,7 @@ def test_an_empty_held_out_file_is_named(data, tmp_path):
             train(cfg, str(tmp_path / 'run'))
 
 
+@pytest.mark.slow
 def test_a_run_begun_anew_takes_its_own_tokenizer(data, tmp_path):
     """What a workdir keeps of a run that is overwritten, or that was killed before its first checkpoint, is not the next run's."""
     other = tmp_path / 'other'

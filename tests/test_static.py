@@ -82,6 +82,7 @@ def test_a_seeded_stream_depends_on_seed_sample_and_position_alone(model, prompt
     assert len({c[0] for c in copies}) == 8
 
 
+@pytest.mark.slow
 def test_every_mesh_gives_the_same_ids(model, prompts):
     params = [SamplingParams(temperature=i % 2, max_tokens=6, seed=i) for i in range(len(prompts))]
     want = [r[0] for r in generate(model, prompts, params, num_valid=NUM_VALID, batch=8)]

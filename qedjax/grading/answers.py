@@ -12,18 +12,18 @@ from qedjax.grading.grade import FULL, Grade, Graded, Ungraded
 
 TIMEOUT = 10.0  # seconds a check
 STARTING = 120.0  # seconds in which the process must have imported its library
-NUMBER = re.compile(r'[-+]?\$?\d[\d,]*(?:\.\d+)?')
-_MARKED = re.compile(r'(?:the\s+)?answer\s+is:?\s*(.+)|answer:\s*(.+)|####\s*(.+)', re.IGNORECASE)
+NUMBER = re.compile(r'[-+]?\$?[0-9][0-9,]*(?:\.[0-9]+)?')
+_MARK = re.compile(r'answer\s+is:?|answer:|####', re.IGNORECASE)
+_SENTENCE_END = re.compile(r'\.(?:\s|$)|\n')
 
 
 def final_answer(text: str) -> str:
-    """What an answer states at the end: its last \\boxed{}, or what follows the last 'answer is', 'Answer:' or '####'; '' if nothing."""
+    """What an answer states: its last \\boxed{}, or the sentence after the last 'answer is', 'Answer:' or '####'; '' if nothing."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
-    found = list(_MARKED.finditer(text))
-    stated = next(filter(None, found[-1].groups())).strip() if found else ''
-    return stated.removesuffix('.').strip()
+    marks = list(_MARK.finditer(text))
+    return _SENTENCE_END.split(text[marks[-1].end() :].strip())[0].strip() if marks else ''
 
 
 def _last_boxed(text: str) -> str | None:
@@ -64,6 +64,10 @@ class AnswerGrader:
         if isinstance(verdict, Ungraded):
             return verdict
         return Graded(FULL if verdict else 0, f'final answer {stated[:80]!r} is {"right" if verdict else "wrong"}')
+
+    def report(self) -> dict[str, float]:
+        """See Grader."""
+        return {}
 
     async def close(self) -> None:
         """See Grader."""
@@ -122,7 +126,7 @@ def _serve(pipe) -> None:
         truth, stated = pipe.recv()
         try:
             parsed = [math_verify.parse(f'${text}$', parsing_timeout=None) for text in (truth, stated)]
-            if not parsed[0]:
+            if all(isinstance(value, str) for value in parsed[0]):  # it gives the text back, or nothing
                 pipe.send(f'it cannot read the true answer {truth!r}')
             else:  # an answer that states nothing mathematical is wrong
                 pipe.send(bool(parsed[1]) and bool(math_verify.verify(*parsed, timeout_seconds=None)))

@@ -25,6 +25,10 @@ class Grader(Protocol):
         """
         ...
 
+    def report(self) -> dict[str, float]:
+        """What a run should report of it: numbers by name, counted since it was made."""
+        ...
+
     async def close(self) -> None:
         """Gives back connections and processes; called in the event loop that graded."""
         ...
@@ -40,6 +44,10 @@ class DerivationGrader:
     async def grade(self, row: Mapping[str, Any], answer: str) -> Grade:
         """See Grader."""
         return derivations.grade(parse_problem(row['problem']), answer)
+
+    def report(self) -> dict[str, float]:
+        """See Grader."""
+        return {}
 
     async def close(self) -> None:
         """See Grader."""

@@ -18,7 +18,7 @@ from qedjax.grading.grade import Grade, Graded, Ungraded
 from qedjax.grading.parser import neutralised, parse_score, planted
 from qedjax.grading.schemes import scheme_text
 from qedjax.llm.client import EndpointError, LanguageModel, RequestFailed
-from qedjax.llm.remote import RemoteConfig
+from qedjax.llm.remote import RemoteConfig, Usage
 from qedjax.types import SamplingParams
 
 COMBINE: dict[str, Callable[[Sequence[int]], float]] = {'mean': statistics.fmean, 'median': statistics.median}
@@ -105,6 +105,10 @@ class Judge:
             raise EndpointError(f'the judge could not grade {self._in_a_row} answers in a row, the last because {grade.reason}; '  # type: ignore[union-attr]
                                 'see to it and start the run again: it goes on, and what was graded is not paid for again')
         return grade
+
+    def report(self) -> dict[str, float]:
+        """See Grader: counts of answers, and of calls, tokens and dollars if the model counts them."""
+        return {**self.counts, **vars(getattr(self._model, 'usage', Usage()))}
 
     def remember(self, transcripts: str) -> None:
         """Takes the reports of another judge's transcripts for its own: what they answer is not asked again."""

@@ -9,10 +9,12 @@ With max_lag = 0 a step begins its groups together, waits for all of them and is
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import pathlib
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -108,86 +110,101 @@ class _Run:
 
     async def main(self, checkpoints: Checkpointer) -> TrainState:
         """The whole run, inside an event loop."""
-        state, position, start = self._start(checkpoints)
-        if self.cfg.objective.kl_coef:
+        cfg, self.checkpoints = self.cfg, checkpoints
+        state, position, start = self._start()
+        if cfg.objective.kl_coef:
             frozen = dataclasses.replace(self.model_config, param_dtype=self.model_config.dtype)
-            self.learner.reference = load_model(self.cfg.reference or self.cfg.init, self.mesh, frozen)
-        engine = Engine(state.model, self.rollout_mesh, self.engine_config, self.num_valid, self.tokenizer, cfg=self.rollout_config)
-        engine.version = start
-        params = SamplingParams(self.cfg.temperature, self.cfg.max_tokens, stop_ids=self.stops)
-        async with LocalEndpoint(engine, self.stops) as endpoint:
-            actor = Actor(endpoint, self.grader, self.tokenizer, params, self.cfg.group_size, self.cfg.seed)
-            collector = Collector(self.cfg, endpoint, actor, self.problems, **position)
+            self.learner.reference = load_model(cfg.reference or cfg.init, self.mesh, frozen)
+        self.engine = Engine(state.model, self.rollout_mesh, self.engine_config, self.num_valid, self.tokenizer, cfg=self.rollout_config)
+        self.engine.version = start
+        params = SamplingParams(cfg.temperature, cfg.max_tokens, stop_ids=self.stops)
+        async with LocalEndpoint(self.engine, self.stops) as self.endpoint:
+            self.actor = Actor(self.endpoint, self.grader, self.tokenizer, params, cfg.group_size, cfg.seed)
+            self.collector = Collector(cfg, self.endpoint, self.actor, self.problems, **position)
             try:
-                return await self._steps(state, start, engine, endpoint, actor, collector, checkpoints)
+                return await self._steps(state, start)
             finally:
-                await collector.close()
+                await self.collector.close()
                 await self.grader.close()
 
-    def _start(self, checkpoints: Checkpointer) -> tuple[TrainState, dict[str, Any], int]:
-        if checkpoints.latest_complete() is not None:
-            state, metadata, step = checkpoints.restore(abstract(lambda: self.learner.fresh(self.model_config), self.mesh))
+    def _start(self) -> tuple[TrainState, dict[str, Any], int]:
+        """The state, the position in the draws, and the step to begin with."""
+        if self.checkpoints.latest_complete() is not None:
+            state, metadata, step = self.checkpoints.restore(abstract(lambda: self.learner.fresh(self.model_config), self.mesh))
             return state, metadata['position'], step
         return self.learner.init(load_model(self.cfg.init, self.mesh, self.model_config)), {}, 0
 
-    async def _steps(self, state, start: int, engine: Engine, endpoint: LocalEndpoint, actor: Actor, collector: Collector,
-                     checkpoints: Checkpointer) -> TrainState:
-        cfg, progress = self.cfg, Progress('rl', self.cfg.steps)
-        keep_rows(self.workdir / SAMPLES, start)
-        with MetricWriter(self.workdir, start) as writer, (self.workdir / SAMPLES).open('a', encoding='utf-8') as samples:
-            if start == 0 and self.held_out:
-                self._log(writer, 0, await self.evaluate(endpoint, actor))
+    async def _steps(self, state: TrainState, start: int) -> TrainState:
+        cfg, samples = self.cfg, self.workdir / SAMPLES
+        progress, every = Progress('rl', cfg.steps), cfg.evaluation.every
+        keep_rows(samples, start)
+        with MetricWriter(self.workdir, start) as writer, samples.open('a', encoding='utf-8') as file:
+            if start == 0:
+                await self._evaluate(writer, 0)
             for step in range(start, cfg.steps):
-                clock = _Clock(engine)
-                try:
-                    groups = await collector.collect(step)
-                except EndpointError:  # the grader is gone: nothing that was learnt may be lost with it
-                    self._save(checkpoints, step, state, collector)
-                    raise
-                clock.lap('collect')
-                async with endpoint.held():
-                    state, metrics = await asyncio.to_thread(self.learner.step, state, groups)
-                await endpoint.set_weights(state.model, step + 1)
-                clock.lap('learn')
-                metrics |= describe(groups, cfg, step) | {f'dropped/{k}': v for k, v in vars(collector.counts).items()} | clock.shares()
-                write_samples(samples, step + 1, groups)
-                rates = progress.update(step + 1, sum(len(r.completion.ids) for g in groups for r in g.rollouts), reward=metrics['reward'])
-                writer.write(step + 1, metrics | rates)
-                if metrics.get('skipped_in_a_row', 0) >= cfg.max_skipped:
-                    raise FloatingPointError(f'loss or gradient was not finite in {cfg.max_skipped} steps in a row, up to step {step + 1}')
-                score = None
-                if self.held_out and (step + 1 == cfg.steps or (cfg.evaluation.every and (step + 1) % cfg.evaluation.every == 0)):
-                    score = await self.evaluate(endpoint, actor)
-                    self._log(writer, step + 1, score)
-                if step + 1 == cfg.steps or (step + 1) % cfg.save_every == 0:
-                    self._save(checkpoints, step + 1, state, collector, -score['eval/reward'] if score else None)
+                state = await self._step(state, step, writer, progress, file)
+                done, last = step + 1, step + 1 == cfg.steps
+                score = await self._evaluate(writer, done) if last or (every and done % every == 0) else None
+                if last or done % cfg.save_every == 0:
+                    self._save(done, state, score)
         return state
 
-    def _save(self, checkpoints: Checkpointer, step: int, state: TrainState, collector: Collector, metric: float | None = None) -> None:
-        if step and step != checkpoints.latest_complete():
-            position = {'draw': collector.draw, 'pending': collector.pending}
-            checkpoints.save(step, state, {'model': dataclasses.asdict(self.model_config), 'position': position}, metric)
-            checkpoints.wait()
+    async def _step(self, state: TrainState, step: int, writer: MetricWriter, progress: Progress, file: TextIO) -> TrainState:
+        """Collects groups, makes one update, and hands the engine its weights."""
+        cfg, clock = self.cfg, _Clock(self.engine)
+        try:
+            groups = await self.collector.collect(step)
+        except EndpointError:  # the grader is gone: nothing that was learnt may be lost with it
+            self._save(step, state)
+            raise
+        clock.lap('collect')
+        async with self.endpoint.held():
+            state, metrics = await asyncio.to_thread(self.learner.step, state, groups)
+        await self.endpoint.set_weights(state.model, step + 1)
+        clock.lap('learn')
+        dropped = {f'dropped/{name}': count for name, count in vars(self.collector.counts).items()}
+        grader = {f'grader/{name}': value for name, value in self.grader.report().items()}
+        metrics |= describe(groups, cfg, step) | dropped | grader | clock.shares()
+        write_samples(file, step + 1, groups)
+        tokens = sum(len(r.completion.ids) for group in groups for r in group.rollouts)
+        writer.write(step + 1, metrics | progress.update(step + 1, tokens, reward=metrics['reward']))
+        if metrics.get('skipped_in_a_row', 0) >= cfg.max_skipped:
+            raise FloatingPointError(f'loss or gradient was not finite in {cfg.max_skipped} steps in a row, up to step {step + 1}; the '
+                                     'checkpoints before them are sound: lower the learning rate or look at the samples')
+        return state
 
-    def _log(self, writer: MetricWriter, step: int, metrics: dict[str, float]) -> None:
+    def _save(self, step: int, state: TrainState, score: float | None = None) -> None:
+        if step and step != self.checkpoints.latest_complete():
+            position = {'draw': self.collector.draw, 'pending': self.collector.pending}
+            metadata = {'model': dataclasses.asdict(self.model_config), 'position': position}
+            self.checkpoints.save(step, state, metadata, None if score is None else -score)
+            self.checkpoints.wait()
+
+    async def _evaluate(self, writer: MetricWriter, step: int) -> float | None:
+        """Mean reward on the held-out problems, reported with half a 95% interval over problems; None without such problems."""
+        if not self.held_out:
+            return None
+        settings = self.cfg.evaluation
+        params = dataclasses.replace(self.actor.params, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
+        actor = dataclasses.replace(self.actor, params=params, size=settings.samples, seed=self.cfg.seed ^ 0x5EED)
+        groups = await all_at_once(self.endpoint, actor, [(problem, i) for i, problem in enumerate(self.held_out)])
+        metrics = evaluation_metrics(groups)
         writer.write(step, metrics)
         logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})
+        return metrics['eval/reward']
 
-    async def evaluate(self, endpoint: LocalEndpoint, actor: Actor) -> dict[str, float]:
-        """Mean reward on the held-out problems, with half a 95% interval over problems."""
-        settings = self.cfg.evaluation
-        params = dataclasses.replace(actor.params, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
-        judge = dataclasses.replace(actor, params=params, size=settings.samples, seed=self.cfg.seed ^ 0x5EED)
-        groups = await all_at_once(endpoint, judge, [(problem, i) for i, problem in enumerate(self.held_out)])
-        scores = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
-        means, rollouts = [np.mean(s) for s in scores if s], [r for group in groups for r in group.rollouts]
-        return {
-            'eval/reward': float(np.mean(means)) if means else float('nan'),
-            'eval/interval': float(1.96 * np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float('nan'),
-            'eval/ungraded': float(np.mean([r.reward is None for r in rollouts])),
-            'eval/tokens': float(np.mean([len(r.completion.ids) for r in rollouts])),
-            'eval/truncated': float(np.mean([r.completion.finish_reason == 'length' for r in rollouts])),
-        }
+
+def evaluation_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What is reported of graded answers to held-out problems."""
+    scores = [[r.reward for r in group.rollouts if r.reward is not None] for group in groups]
+    means, rollouts = [np.mean(s) for s in scores if s], [r for group in groups for r in group.rollouts]
+    return {
+        'eval/reward': float(np.mean(means)) if means else float('nan'),
+        'eval/interval': float(1.96 * np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float('nan'),
+        'eval/ungraded': float(np.mean([r.reward is None for r in rollouts])),
+        'eval/tokens': float(np.mean([len(r.completion.ids) for r in rollouts])),
+        'eval/truncated': float(np.mean([r.completion.finish_reason == 'length' for r in rollouts])),
+    }
 
 
 class _Clock:
@@ -212,7 +229,7 @@ class _Clock:
         return engine.stats.worked + engine.stats.waited
 
 
-def write_samples(file, step: int, groups: list[Group]) -> None:
+def write_samples(file: TextIO, step: int, groups: Sequence[Group]) -> None:
     """Appends every answer of a step, for people to read."""
     for group in groups:
         for i, r in enumerate(group.rollouts):
@@ -225,6 +242,4 @@ def write_samples(file, step: int, groups: list[Group]) -> None:
 
 def hash_of(values) -> str:
     """Short content hash of plain values."""
-    import hashlib
-
     return hashlib.sha256(repr(list(values)).encode()).hexdigest()[:16]
