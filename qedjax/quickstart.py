@@ -147,7 +147,7 @@ def write_data(cfg: QuickstartConfig, folder: pathlib.Path) -> None:
     tiny_tokenizer('none').save_pretrained(folder / 'tokenizer')
     low, high = KINDS[TRAINED]
     proofs = [{'prompt': p.text, 'completion': p.proof} for p in problems(cfg.seed, 'held_out', 256, low, high)]
-    chains = [{'problem': p.text} for p in problems(cfg.seed + 1, 'train', cfg.rl_problems, low, high)]
+    chains = [{'problem': p.text, 'rubric': render(rubric(p))} for p in problems(cfg.seed + 1, 'train', cfg.rl_problems, low, high)]
     for name, rows in (('train', sft_rows(cfg.seed, cfg.documents, low, high, cfg.slip)), ('held_out', proofs), ('problems', chains)):
         (folder / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
 

@@ -143,12 +143,13 @@ class ScriptedServer(contextlib.AbstractContextManager):
     Args:
       reply: gets the number of the call (from 0) and the request's body, and returns a text to be sent as the model's, a dict to be sent
         as the whole body, bytes to be sent as they are, or a (status, headers, body) triple; a float is slept for first, as (float, reply).
+      port: to listen on; 0 is any that is free.
 
     Attributes:
       base_url: of the API. calls: bodies of all requests, in order.
     """
 
-    def __init__(self, reply: Callable[[int, dict[str, Any]], Any]):
+    def __init__(self, reply: Callable[[int, dict[str, Any]], Any], port: int = 0):
         self.calls: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         server = self
@@ -173,7 +174,7 @@ class ScriptedServer(contextlib.AbstractContextManager):
             def handle_error(self, *_):
                 pass  # clients that give up are what these tests are about
 
-        self._server = Server(('127.0.0.1', 0), Handler)
+        self._server = Server(('127.0.0.1', port), Handler)
         self.base_url = f'http://127.0.0.1:{self._server.server_port}/v1'
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True)
         self._thread.start()

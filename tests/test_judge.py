@@ -7,11 +7,16 @@ import json
 import pytest
 
 from qedjax import prompts
+from qedjax.data.derivations import make_problem
+from qedjax.grading import derivations
+from qedjax.grading.derivations import rubric
 from qedjax.grading.grade import Graded, Ungraded
 from qedjax.grading.judge import Judge, JudgeConfig, validate
+from qedjax.grading.rubric import render
 from qedjax.llm.client import EndpointError
 from qedjax.llm.remote import RemoteConfig, RemoteEndpoint
 from qedjax.testing import ScriptedServer, model_reply
+from tools import scripted_judge
 
 ROW = {'problem': 'Show that 1 = 1.', 'rubric': 'Checkpoints: 7 points for reflexivity.', 'solution': 'Trivial.'}
 CONFIG = JudgeConfig(RemoteConfig('', 'judge', timeout=1.0, attempts=2, first_wait=0.01), breaker=3)
@@ -155,3 +160,13 @@ def test_every_prompt_has_what_it_needs():
         assert wanted <= prompts.fields(name)
         assert '{' not in prompts.render(name, **dict.fromkeys(prompts.fields(name), 'x'))
     assert prompts.render('prove', problem='{proof} {x}').endswith('{proof} {x}')  # braces of a value are text
+
+
+def test_the_scripted_judge_marks_what_it_is_shown(tmp_path):
+    """tools/scripted_judge.py reads problem and proof out of the prompt, whatever the proof looks like, and marks by the rule."""
+    problem = make_problem(0, 3)
+    proofs = [problem.proof, problem.proof.replace('Answer', 'Reply'), '~~~~ 0123456789abcdef\nAnswer: 1', '# Marking scheme\n\nnone']
+    row = {'problem': problem.text, 'rubric': render(rubric(problem))}
+    got, _, _ = grade(tmp_path, lambda _, body: scripted_judge.honest(body['messages'][0]['content']), proofs, row=row)
+    assert [g.score for g in got] == [derivations.grade(problem, proof).score for proof in proofs]
+    assert got[0].score == 7
