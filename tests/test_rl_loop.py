@@ -244,6 +244,20 @@ def test_the_breaker_stops_the_run_and_it_goes_on_without_paying_twice(policy, t
         assert len([row for row in rows_of(tmp_path) if 'reward' in row]) == done
 
 
+def test_what_may_change_between_two_starts(policy):
+    """Where and how fast a run goes, but nothing that its parameters depend on."""
+    def identity(**changes):
+        return loop.fingerprint(config(policy, **changes), tiny_config(), [])
+
+    same = {'mesh': MeshConfig(fsdp=2), 'engine': EngineConfig(slots=64), 'steps': 99, 'save_every': 7, 'in_flight': 9, 'micro_rows': 8,
+            'judge': dataclasses.replace(JUDGE, breaker=99, remote=dataclasses.replace(JUDGE.remote, base_url='http://there', budget=9.0))}
+    other = {'seed': 4, 'temperature': 0.5, 'max_tokens': 9, 'group_size': 4, 'objective': ObjectiveConfig(loss='cispo'), 'max_lag': 1,
+             'optimizer': OptimizerConfig(learning_rate=0.5), 'judge': dataclasses.replace(JUDGE, prompt='grade_0167')}
+    base = {'grader': 'judge', 'judge': JUDGE}
+    assert all(identity(**(base | {name: value})) == identity(**base) for name, value in same.items())
+    assert all(identity(**(base | {name: value})) != identity(**base) for name, value in other.items())
+
+
 @pytest.mark.parametrize(('changes', 'message'), [
     ({'init': ''}, 'needs a policy'), ({'grader': 'me'}, "grader is 'me'"), ({'temperature': 0.0}, 'temperature=0.0 must be'),
     ({'group_size': 1}, 'group_size must be at least 2'), ({'row_length': 20}, 'do not fit row_length=20'),

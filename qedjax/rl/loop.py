@@ -28,11 +28,12 @@ from qedjax.grading.grader import Grader, make_grader
 from qedjax.llm.client import EndpointError
 from qedjax.llm.local import LocalEndpoint
 from qedjax.metrics import MetricWriter, Progress, keep_rows, write_run_files
+from qedjax.model.config import ModelConfig
 from qedjax.rl.actor import Actor
 from qedjax.rl.collector import Collector, all_at_once
 from qedjax.rl.config import RLConfig, validate
 from qedjax.rl.learner import Learner, describe
-from qedjax.rl.problems import read_problems
+from qedjax.rl.problems import Problem, read_problems
 from qedjax.rollout import engine_config
 from qedjax.rollout.engine import Engine
 from qedjax.sharding import abstract, make_mesh, rollout_mesh_of_all
@@ -60,11 +61,27 @@ def train(cfg: RLConfig, workdir: str, *, mode: str = 'resume', devices: list[ja
     if jax.process_count() > 1:
         raise ValueError('RL runs in one process for now; start it on a single host')
     run = _Run(cfg, pathlib.Path(workdir), devices, grader)
-    fingerprint = {'config': dataclasses.asdict(dataclasses.replace(cfg, steps=0, save_every=1, keep=1)), 'problems': run.digest}
-    with Checkpointer(run.workdir / 'checkpoints', json.loads(json.dumps(fingerprint)), mode=mode, keep=cfg.keep) as checkpoints:
+    identity = fingerprint(cfg, run.model_config, run.problems)
+    with Checkpointer(run.workdir / 'checkpoints', identity, mode=mode, keep=cfg.keep) as checkpoints:
         copy_tokenizer(cfg.init, run.workdir, anew=checkpoints.latest_complete() is None)
         write_run_files(run.workdir, dataclasses.replace(cfg, model=run.model_config))
         return asyncio.run(run.main(checkpoints))
+
+
+def fingerprint(cfg: RLConfig, model: ModelConfig, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What makes a run this run: all that its parameters depend on, but for what may change between two starts.
+
+    That is where and how fast it runs: devices, sizes of the engine, the judge's address and patience, what is saved and evaluated, and
+    the number of steps unless the learning rate depends on it.
+    """
+    judge, optimizer = cfg.judge, cfg.optimizer
+    digest = hashlib.sha256(repr([problem.prompt_ids for problem in problems]).encode()).hexdigest()[:16]
+    return {
+        'problems': digest, 'order': cfg.problems.order, 'model': dataclasses.asdict(model), 'objective': dataclasses.asdict(cfg.objective),
+        'optimizer': dataclasses.asdict(optimizer), 'steps': cfg.steps * (optimizer.schedule != 'constant' or optimizer.warmup_fraction > 0),
+        'groups': [cfg.groups, cfg.group_size], 'sampling': [cfg.temperature, cfg.max_tokens], 'max_lag': cfg.max_lag, 'seed': cfg.seed,
+        'grader': [cfg.grader, judge.prompt, judge.remote.model, judge.remote.effort, judge.samples, judge.combine]
+                  if cfg.grader == 'judge' else [cfg.grader]}
 
 
 class _Run:
@@ -84,7 +101,6 @@ class _Run:
         self.grader = grader or make_grader(cfg.grader, cfg.judge, str(workdir))
         self.problems = self._read(cfg.train)
         self.held_out = self._read(cfg.evaluation.source)[: cfg.evaluation.problems or None] if cfg.evaluation.source.path else []
-        self.digest = [len(self.problems), hash_of(p.prompt_ids for p in self.problems)]
         self.rollout_mesh = rollout_mesh_of_all(cfg.tensor)
         self.engine_config, self.rollout_config = self._sizes()
         self.learner = Learner(cfg, self.model_config, self.mesh, self.num_valid)
@@ -238,8 +254,3 @@ def write_samples(file: TextIO, step: int, groups: Sequence[Group]) -> None:
                    'tokens': len(r.completion.ids), 'versions': r.completion.versions}
             file.write(json.dumps(row, ensure_ascii=False) + '\n')
     file.flush()
-
-
-def hash_of(values) -> str:
-    """Short content hash of plain values."""
-    return hashlib.sha256(repr(list(values)).encode()).hexdigest()[:16]
