@@ -78,7 +78,8 @@ def fingerprint(cfg: RLConfig, model: ModelConfig, problems: Sequence[Problem]) 
     digest = hashlib.sha256(repr([problem.prompt_ids for problem in problems]).encode()).hexdigest()[:16]
     return {
         'problems': digest, 'order': cfg.problems.order, 'model': dataclasses.asdict(model), 'objective': dataclasses.asdict(cfg.objective),
-        'optimizer': dataclasses.asdict(optimizer), 'steps': cfg.steps * (optimizer.schedule != 'constant' or optimizer.warmup_fraction > 0),
+        'optimizer': dataclasses.asdict(optimizer),
+        'steps': cfg.steps * (optimizer.schedule != 'constant' or optimizer.warmup_fraction > 0),
         'groups': [cfg.groups, cfg.group_size], 'sampling': [cfg.temperature, cfg.max_tokens], 'max_lag': cfg.max_lag, 'seed': cfg.seed,
         'grader': [cfg.grader, judge.prompt, judge.remote.model, judge.remote.effort, judge.samples, judge.combine]
                   if cfg.grader == 'judge' else [cfg.grader]}
