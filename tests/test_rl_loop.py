@@ -242,6 +242,10 @@ def test_the_breaker_stops_the_run_and_it_goes_on_without_paying_twice(policy, t
             train_with_judge(cfg, tmp_path)
         assert not paid & {content for _, content in asked}
         assert len([row for row in rows_of(tmp_path) if 'reward' in row]) == done
+    with ScriptedServer(lambda number, body: f'<score>{truth(body)}</score>') as server:
+        judge = dataclasses.replace(judge, remote=dataclasses.replace(judge.remote, base_url=server.base_url))
+        whole = train_with_judge(dataclasses.replace(cfg, judge=judge), tmp_path / 'whole')
+        assert_equal(train_with_judge(dataclasses.replace(cfg, judge=judge), tmp_path), whole)  # no draw is skipped
 
 
 def test_what_may_change_between_two_starts(policy):

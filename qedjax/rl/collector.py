@@ -45,16 +45,17 @@ class Collector:
         """Goes on at draw number `draw`, after those in `pending`, which an earlier process had begun."""
         self.draw, self.counts = draw, Counts()
         self._cfg, self._endpoint, self._actor, self._problems = cfg, endpoint, actor, problems
-        self._again = list(pending)
-        self._making: dict[asyncio.Task[Group], int] = {}
+        self._again = sorted(pending)
+        self._open: set[int] = set()  # draws that have been begun and neither trained nor dropped
+        self._making: set[asyncio.Task[Group]] = set()
         self._ready: list[Group] = []
         in_order = cfg.problems.order == 'easiest first'
         self._difficulties = [float(p.row.get('difficulty', -1.0)) for p in problems] if in_order else None
 
     @property
     def pending(self) -> list[int]:
-        """Draws that have been begun and neither trained nor dropped."""
-        return sorted([*self._making.values(), *(group.draw for group in self._ready), *self._again])
+        """Draws that have been begun and neither trained nor dropped, also when collecting them failed."""
+        return sorted({*self._open, *self._again})
 
     async def collect(self, version: int) -> list[Group]:
         """The groups of a step, in the order of their draws; `version` is that of the weights which they will change.
@@ -67,6 +68,7 @@ class Collector:
         if not groups:
             raise RuntimeError(f'of {PATIENCE * self._cfg.groups} groups none could be trained ({self.counts}): every answer is ungraded, '
                                'or all answers of a group always earn the same; look at the samples')
+        self._open -= {group.draw for group in groups}
         return sorted(groups, key=lambda group: group.draw)
 
     async def _together(self) -> list[Group]:
@@ -86,13 +88,11 @@ class Collector:
         while len(self._ready) < self._cfg.groups and left:
             while len(self._making) < self._cfg.in_flight:
                 problem, draw = self._next()
-                self._making[asyncio.ensure_future(self._actor.group(problem, draw))] = draw
-            done, _ = await asyncio.wait(self._making, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                del self._making[task]
-                left -= 1
-                if self._usable(group := task.result()) and self._fresh(group, version):
-                    self._ready.append(group)
+                self._making.add(asyncio.ensure_future(self._actor.group(problem, draw)))
+            done, self._making = await asyncio.wait(self._making, return_when=asyncio.FIRST_COMPLETED)
+            left -= len(done)
+            finished = [task.result() for task in done]
+            self._ready += [group for group in finished if self._usable(group) and self._fresh(group, version)]
         batch, self._ready = self._ready[: self._cfg.groups], self._ready[self._cfg.groups :]
         return batch
 
@@ -105,18 +105,25 @@ class Collector:
     def _next(self) -> tuple[Problem, int]:
         draw = self._again.pop(0) if self._again else self.draw
         self.draw = max(self.draw, draw + 1)
+        self._open.add(draw)
         return self._problems[problem_number(draw, len(self._problems), self._cfg.seed, self._difficulties)], draw
 
     def _usable(self, group: Group) -> bool:
         if sum(rollout.reward is not None for rollout in group.rollouts) < 2:
             self.counts.ungraded += 1
-            return False
+            return self._drop(group)
         if not varied(group, self._cfg.objective, self._cfg.max_tokens):
             self.counts.zero_variance += 1
-            return self._cfg.objective.zero_variance != 'refill'
+            return self._cfg.objective.zero_variance != 'refill' or self._drop(group)
         return True
 
     def _fresh(self, group: Group, version: int) -> bool:
-        stale = group.oldest_version < version - self._cfg.max_lag
-        self.counts.stale += stale
-        return not stale
+        if group.oldest_version >= version - self._cfg.max_lag:
+            return True
+        self.counts.stale += 1
+        return self._drop(group)
+
+    def _drop(self, group: Group) -> bool:
+        """Settles a group that is not trained; False."""
+        self._open.discard(group.draw)
+        return False

@@ -155,7 +155,7 @@ class _Run:
         cfg, samples = self.cfg, self.workdir / SAMPLES
         progress, every = Progress('rl', cfg.steps), cfg.evaluation.every
         keep_rows(samples, start)
-        with MetricWriter(self.workdir, start) as writer, samples.open('a', encoding='utf-8') as file:
+        with MetricWriter(self.workdir, start or -1) as writer, samples.open('a', encoding='utf-8') as file:
             if start == 0:
                 await self._evaluate(writer, 0)
             for step in range(start, cfg.steps):
