@@ -32,6 +32,7 @@ def test_real_schemes():
     with (folder / 'imobench/proofbench_v2.csv').open(newline='') as file:
         texts = [scheme_text(row['Grading guidelines']) for row in csv.DictReader(file)]
     assert len(texts) == 60
-    lists = [json.loads(line)['grading_scheme'] for line in (folder / 'matharena/usamo_2025_schemes.jsonl').open()]
+    lines = (folder / 'matharena/usamo_2025_schemes.jsonl').read_text(encoding='utf-8').splitlines()
+    lists = [json.loads(line)['grading_scheme'] for line in lines]
     assert len(lists) == 6
     assert all('points)' in scheme_text(scheme) for scheme in lists)
