@@ -196,5 +196,7 @@ def test_objectives_that_do_not_exist_are_refused(changes, message):
 
 
 def test_a_sample_has_one_logprob_an_id():
+    with pytest.raises(ValueError, match='3 ids, 2 log-probs'):
+        Sample((1, 2), (3, 4, 5), (0.0,) * 2, 1.0, 1.0)
     with pytest.raises(ValueError, match='5 tokens, but a row holds 4'):
         pack([Sample((1, 2), (3, 4, 5), (0.0,) * 3, 1.0, 1.0)], 4, 1)

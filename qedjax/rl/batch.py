@@ -14,13 +14,21 @@ from qedjax.types import Group, RLBatch, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One answer as it is trained: prompt and sampled ids, log-probs of the latter, advantage, and loss weight of each sampled id."""
+    """One answer as it is trained: prompt and sampled ids, log-probs of the latter, advantage, and loss weight of each sampled id.
+
+    Raises ValueError unless every id has a log-prob: an id that was not sampled has none and may not be trained.
+    """
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     advantage: float
     weight: float
+
+    def __post_init__(self):
+        if len(self.ids) != len(self.logprobs) or not self.prompt:
+            raise ValueError(f'an answer has {len(self.ids)} ids, {len(self.logprobs)} log-probs and a prompt of {len(self.prompt)} ids; every '
+                             'id needs the log-prob that it was sampled with, and something before it')
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.ids)
