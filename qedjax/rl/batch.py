@@ -27,8 +27,8 @@ class Sample:
 
     def __post_init__(self):
         if len(self.ids) != len(self.logprobs) or not self.prompt:
-            raise ValueError(f'an answer has {len(self.ids)} ids, {len(self.logprobs)} log-probs and a prompt of {len(self.prompt)} ids; every '
-                             'id needs the log-prob that it was sampled with, and something before it')
+            raise ValueError(f'an answer has {len(self.ids)} ids, {len(self.logprobs)} log-probs and a prompt of {len(self.prompt)} ids; '
+                             'every id needs the log-prob that it was sampled with, and something before it')
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.ids)
