@@ -87,12 +87,12 @@ class _Again(Exception):
 
 
 class RemoteEndpoint:
-    """A LanguageModel behind HTTP. Messages only: token ids mean nothing to it."""
+    """A LanguageModel behind HTTP, for one event loop at a time. Messages only: token ids mean nothing to it."""
 
     def __init__(self, cfg: RemoteConfig):
         validate(cfg)
         self.cfg, self.usage = cfg, Usage()
-        self._gates: dict[asyncio.AbstractEventLoop, tuple[openai.AsyncOpenAI, asyncio.Semaphore]] = {}
+        self._open: tuple[openai.AsyncOpenAI, asyncio.Semaphore] | None = None
 
     async def complete(self, prompt: Prompt, params: SamplingParams) -> Completion:
         """See LanguageModel; raises RequestFailed when the attempts or the deadline are used up."""
@@ -112,18 +112,17 @@ class RemoteEndpoint:
         yield completion
 
     def _connection(self) -> tuple[openai.AsyncOpenAI, asyncio.Semaphore]:
-        loop = asyncio.get_running_loop()  # connections belong to a loop
-        if loop not in self._gates:
-            self._gates = {old: gate for old, gate in self._gates.items() if not old.is_closed()}
+        if self._open is None:  # made here and not before: both belong to the event loop that calls
             key = os.environ.get(self.cfg.key_variable) or 'none'
             client = openai.AsyncOpenAI(api_key=key, base_url=self.cfg.base_url, max_retries=0, timeout=self.cfg.timeout)
-            self._gates[loop] = client, asyncio.Semaphore(self.cfg.concurrency)
-        return self._gates[loop]
+            self._open = client, asyncio.Semaphore(self.cfg.concurrency)
+        return self._open
 
     async def close(self) -> None:
-        """Closes the connections of the running loop."""
-        if gate := self._gates.pop(asyncio.get_running_loop(), None):
-            await gate[0].close()
+        """Closes the connections; a later call, in another event loop perhaps, makes new ones."""
+        opened, self._open = self._open, None
+        if opened:
+            await opened[0].close()
 
     async def _attempts(self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, body: dict[str, Any]) -> Completion:
         reason = ''
