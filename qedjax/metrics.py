@@ -198,14 +198,22 @@ def _version(package: str) -> str | None:
 
 
 def keep_rows(path: pathlib.Path, last: int) -> None:
-    """Keeps the whole rows up to step `last`; a row that a kill cut short is dropped."""
+    """Keeps the whole rows of a JSONL file up to step `last`, one at a time; a row that a kill cut short is dropped."""
     if not path.exists():
         return
-    lines = path.read_text(encoding='utf-8').split('\n')[:-1]  # not splitlines(), which would also cut at U+2028 inside a text
-    rows = [line + '\n' for line in lines if line.endswith('}')]
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(''.join(line for line in rows if json.loads(line)['step'] <= last), encoding='utf-8')
+    with path.open('rb') as old, temporary.open('wb') as new:  # bytes: a kill may have cut a character
+        new.writelines(row for row in old if row.endswith(b'}\n') and json.loads(row)['step'] <= last)
     temporary.replace(path)
+
+
+def drop_torn_row(path: pathlib.Path) -> None:
+    """Cuts a JSONL file that a kill left in the middle of a row back to its whole rows."""
+    if not path.exists():
+        return
+    with path.open('rb+') as file:
+        end = sum(len(row) for row in file if row.endswith(b'\n'))
+        file.truncate(end)
 
 
 def _finite(value: Any) -> Any:

@@ -78,9 +78,9 @@ def make_rollout_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Devi
     return _explicit_mesh((data, tensor), ROLLOUT_AXES, devices[: data * tensor])
 
 
-def rollout_mesh_of_all(tensor: int) -> Mesh:
-    """Rollout mesh over all devices of this process, `tensor` of them sharing the heads."""
-    devices = jax.local_devices()
+def rollout_mesh_of_all(tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Rollout mesh over `devices`, all of this process by default, `tensor` of them sharing the heads."""
+    devices = jax.local_devices() if devices is None else devices
     if tensor < 1 or len(devices) % tensor:
         raise ValueError(f'tensor={tensor} must divide the {len(devices)} devices of this process')
     return make_rollout_mesh(len(devices) // tensor, tensor, devices)

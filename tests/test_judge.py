@@ -27,7 +27,6 @@ def grade(folder, reply, answers=('a proof',), row=ROW, **changes):
     with ScriptedServer(reply) as server:
         remote = dataclasses.replace(CONFIG.remote, base_url=server.base_url)
         judge = Judge(dataclasses.replace(CONFIG, remote=remote, **changes), RemoteEndpoint(remote), str(folder))
-        judge._key = lambda messages, params: json.dumps([messages, params.sample])  # the port of the test's server is no part of it
 
         async def main():
             out = []
@@ -96,6 +95,46 @@ def test_what_was_paid_for_is_kept(tmp_path):
     for changes in ({'prompt': 'grade_reference'}, {'row': ROW | {'rubric': 'another'}}):
         _, server, _ = grade(tmp_path, reply, ['a'], **changes)
         assert len(server.calls) == 1
+
+
+def test_a_mark_that_took_two_tries_is_found_again(tmp_path):
+    first, _, _ = grade(tmp_path, lambda number, _: ('no tag', '<score>2</score>')[number])
+    again, server, _ = grade(tmp_path, lambda *_: '<score>7</score>')
+    assert again == first
+    assert not server.calls
+
+
+def test_equal_questions_at_a_time_are_asked_once(tmp_path):
+    with ScriptedServer(lambda number, _: (0.1, f'<score>{number}</score>')) as server:
+        remote = dataclasses.replace(CONFIG.remote, base_url=server.base_url)
+        judge = Judge(dataclasses.replace(CONFIG, remote=remote), RemoteEndpoint(remote), str(tmp_path))
+
+        async def main():
+            got = await asyncio.gather(*(judge.grade(ROW, answer) for answer in 'abaaba'))
+            await judge.close()
+            return [g.score for g in got]
+
+        scores = asyncio.run(main())
+        assert len(server.calls) == 2
+    assert sorted(set(scores)) == [0, 1]
+    assert [scores[i] == scores[0] for i in range(6)] == [c == 'a' for c in 'abaaba']
+
+
+def test_an_answer_too_long_to_send_says_nothing_of_the_judge(tmp_path):
+    got, server, _ = grade(tmp_path, lambda *_: '<score>7</score>', ['x' * 500] * 5, longest=400)
+    assert all(isinstance(g, Ungraded) for g in got)
+    assert not server.calls
+
+
+def test_transcripts_that_a_kill_cut_are_mended_and_read(tmp_path):
+    grade(tmp_path, lambda *_: '<score>4</score>', ['a'])
+    with (tmp_path / 'transcripts.jsonl').open('ab') as file:
+        file.write('{"key": "torn \u2200'.encode()[:-1])
+    grade(tmp_path, lambda *_: '<score>5</score>', ['b'])
+    judge = Judge(CONFIG, None, str(tmp_path / 'other'))
+    judge.remember(str(tmp_path / 'transcripts.jsonl'))
+    assert len(judge._cache) == 2
+    judge._cache.close()
 
 
 def test_the_breaker(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qedjax import metrics
-from qedjax.metrics import MetricWriter, Progress, compilations, mfu, write_run_files
+from qedjax.metrics import MetricWriter, Progress, compilations, drop_torn_row, keep_rows, mfu, write_run_files
 
 
 def rows(workdir):
@@ -169,3 +169,17 @@ def test_compilations_are_counted():
     before = compilations()
     jax.jit(lambda x: x * 3 + 1)(np.arange(17))
     assert compilations() > before
+
+
+def test_rows_up_to_a_step_are_kept_whatever_cut_the_last(tmp_path):
+    path = tmp_path / 'rows.jsonl'
+    whole = [json.dumps({'step': step, 'text': 'a\u2028∀'}, ensure_ascii=False).encode() + b'\n' for step in (1, 2, 3)]
+    path.write_bytes(b''.join(whole) + '{"step": 2, "text": "∀'.encode()[:-1])
+    keep_rows(path, 2)
+    assert path.read_bytes() == b''.join(whole[:2])
+    path.write_bytes(whole[0] + whole[1][:-5])
+    drop_torn_row(path)
+    assert path.read_bytes() == whole[0]
+    drop_torn_row(path)
+    drop_torn_row(tmp_path / 'absent.jsonl')
+    assert path.read_bytes() == whole[0]

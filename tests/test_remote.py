@@ -35,7 +35,7 @@ def ask(reply, count=1, params=None, **changes):
 def test_both_apis(api):
     (completion,), server, usage = ask(lambda *_: 'fine <score>7</score>', api=api, effort='medium', price_in=1.0, price_out=2.0)
     assert (completion.text, completion.finish_reason) == ('fine <score>7</score>', 'stop')
-    wanted = {'chat': {'messages': MESSAGES, 'max_completion_tokens': 100, 'reasoning_effort': 'medium'},
+    wanted = {'chat': {'messages': MESSAGES, 'max_completion_tokens': 100, 'reasoning_effort': 'medium', 'seed': 0},
               'responses': {'input': MESSAGES, 'max_output_tokens': 100, 'reasoning': {'effort': 'medium'}}}
     assert server.calls == [{'model': 'judge', 'temperature': 0.5} | wanted[api]]
     assert (usage.calls, usage.tokens_in, usage.tokens_out, usage.cost) == (1, 10, 5, pytest.approx(20e-6))
@@ -93,6 +93,7 @@ def test_retry_after_in_all_its_forms():
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)
     assert 25 < retry_after(email.utils.format_datetime(soon, usegmt=True)) <= 30
     assert retry_after('Wed, 21 Oct 2015 07:28:00 GMT') == 0
+    assert retry_after('Wed, 21 Oct 2015 07:28:00 -0000') == retry_after('Wed, 21 Oct 2015 07:28:00') == 0
 
 
 def test_the_deadline_holds_for_all_attempts_together():
@@ -101,6 +102,17 @@ def test_the_deadline_holds_for_all_attempts_together():
     assert isinstance(error, RequestFailed)
     assert 'deadline of 0.6 s' in str(error)
     assert time.monotonic() - start < 5
+
+
+def test_waiting_for_our_own_turn_is_no_fault_of_the_server():
+    results, server, _ = ask(lambda *_: (0.2, 'good'), count=6, concurrency=1, deadline=0.7)
+    assert [r.text for r in results] == ['good'] * 6
+    assert len(server.calls) == 6
+
+
+def test_half_a_surrogate_pair_can_be_written_down():
+    (completion,), _, _ = ask(lambda *_: b'{"choices": [{"message": {"content": "a\\ud83d"}}]}')
+    assert completion.text == 'a?'
 
 
 def test_concurrency_is_bounded():

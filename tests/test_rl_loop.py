@@ -77,14 +77,6 @@ def train(cfg, workdir, grader=None):
     return loop.train(cfg, str(workdir), devices=jax.devices()[:1], grader=grader or Vowels())
 
 
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    """The engine on one device: eight would only compile more."""
-    from qedjax.sharding import make_rollout_mesh
-
-    monkeypatch.setattr(loop, 'rollout_mesh_of_all', lambda tensor: make_rollout_mesh(1, tensor, jax.devices()[:tensor]))
-
-
 def rows_of(workdir, name='metrics'):
     return [json.loads(line) for line in (workdir / f'{name}.jsonl').read_text().split('\n')[:-1]]
 
@@ -256,10 +248,50 @@ def test_what_may_change_between_two_starts(policy):
     same = {'mesh': MeshConfig(fsdp=2), 'engine': EngineConfig(slots=64), 'steps': 99, 'save_every': 7, 'in_flight': 9, 'micro_rows': 8,
             'judge': dataclasses.replace(JUDGE, breaker=99, remote=dataclasses.replace(JUDGE.remote, base_url='http://there', budget=9.0))}
     other = {'seed': 4, 'temperature': 0.5, 'max_tokens': 9, 'group_size': 4, 'objective': ObjectiveConfig(loss='cispo'), 'max_lag': 1,
-             'optimizer': OptimizerConfig(learning_rate=0.5), 'judge': dataclasses.replace(JUDGE, prompt='grade_0167')}
+             'optimizer': OptimizerConfig(learning_rate=0.5), 'judge': dataclasses.replace(JUDGE, temperature=0.5)}
     base = {'grader': 'judge', 'judge': JUDGE}
     assert all(identity(**(base | {name: value})) == identity(**base) for name, value in same.items())
     assert all(identity(**(base | {name: value})) != identity(**base) for name, value in other.items())
+
+
+def test_held_out_problems_are_of_any_difficulty(policy, tmp_path):
+    filtered = ProblemsConfig(max_prompt=24, least=0.0, most=0.2)
+    cfg = config(policy, steps=1, problems=filtered, evaluation=EvaluationConfig(Source(str(policy / 'problems.jsonl'))))
+    run = loop._Run(cfg, tmp_path, jax.devices()[:1], Vowels())
+    assert (len(run.problems), len(run.held_out)) == (12, 16)
+
+
+class DiesLater(Vowels):
+    """Cannot grade any more after so many answers."""
+
+    def __init__(self, count, error):
+        self.left, self.error = count, error
+
+    async def grade(self, row, answer):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return await super().grade(row, answer)
+
+
+@pytest.mark.parametrize(('count', 'error', 'steps'), [(14, EndpointError('gone'), 2), (9, RuntimeError('ours'), 1),
+                                                       (20, EndpointError('gone'), 3)])
+def test_what_was_learnt_is_saved_whatever_ends_the_run(policy, tmp_path, count, error, steps):
+    """In collecting, by whatever error, and in the last evaluation."""
+    cfg = config(policy, save_every=5)
+    if steps == 3:
+        cfg.evaluation = EvaluationConfig(Source(str(policy / 'problems.jsonl')), every=3, problems=4)
+        count += 4
+    with pytest.raises(type(error), match=str(error)):
+        train(cfg, tmp_path, DiesLater(count, error))
+    assert [int(path.name) for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()] == [steps]
+
+
+def test_a_run_does_not_replace_what_it_starts_from(policy):
+    with pytest.raises(ValueError, match='lies in the workdir'):
+        loop.train(config(policy), str(policy), mode='overwrite')
+    with pytest.raises(ValueError, match=r'reference=.* lies in the workdir'):
+        loop.train(config(policy, init=str(policy), reference=str(policy / 'model')), str(policy / 'model'))
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
@@ -277,7 +309,9 @@ def test_runs_that_cannot_start_are_refused(policy, tmp_path, changes, message):
     ({'problems': ProblemsConfig(max_prompt=3)}, 'no problem is left'),
     ({'problems': ProblemsConfig(least=0.9, max_prompt=24)}, 'no problem is left'),
     ({'grader': 'answers'}, '16 of 16 rows cannot be graded, e.g. row 1: the problem has no answer'),
-    ({'engine': EngineConfig(cache_tokens=16, page_size=16)}, 'cache for 16'),
+    ({'engine': EngineConfig(cache_tokens=16, page_size=16)}, 'cache of a shard holds 16'),
+    ({'evaluation': EvaluationConfig(top_p=1.5)}, 'top_p=1.5'),
+    ({'model': ModelConfig(dtype='float32', attention='cudnn', remat='none')}, 'cudnn'),
     ({'train': Source('nowhere.jsonl')}, 'nowhere.jsonl'), ({'micro_rows': 3, 'mesh': MeshConfig(fsdp=2)}, 'micro_rows=3')])
 def test_what_data_and_sizes_refuse_is_said_before_weights_are_read(policy, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(loop, 'load_model', lambda *_: pytest.fail('weights were read'))

@@ -6,10 +6,11 @@ python tools/calibrate_grader.py --config=configs/qed_nano_rl.py --data=graded.j
 Rows hold problem, rubric, proof and points (what people gave, out of --full), and perhaps solution and problem_id. The judge is that of an
 RL config. Prints mean absolute error, bias, bucket accuracy, order within problems, the error of advantages, the share that it could
 not grade, and what canaries earned: a restated problem, confident nonsense, a planted mark. Reports are kept in DIR; with --replay they
-are read from another run's transcripts and nothing is called.
+are read from another run's transcripts, nothing is called, and there are no canaries.
 """
 
 import asyncio
+import dataclasses
 import json
 import pathlib
 
@@ -65,13 +66,20 @@ async def measure(judge: Judge, rows: list[dict]) -> dict[str, float]:
     kept = [(row.get('problem_id') or row['problem'], g.score, h) for row, g, h in zip(rows, grades, human, strict=True)
             if isinstance(g, Graded)]
     result = agreement(*(zip(*kept, strict=True) if kept else ((), (), ()))) | {'graded': len(kept), 'ungraded': len(rows) - len(kept)}
-    first = list({row['problem']: row for row in rows}.values())[: CANARIES.value]
+    first = list({row['problem']: row for row in rows}.values())[: 0 if REPLAY.value else CANARIES.value]
     for name in canaries(first[0]) if first else ():
         earned = await asyncio.gather(*(judge.grade(row, canaries(row)[name]) for row in first))
         scores = [grade.score for grade in earned if isinstance(grade, Graded)]
         result[f'canary/{name}'] = sum(scores) / len(scores) if scores else float('nan')
-    await judge.close()
     return result
+
+
+async def closing(judge: Judge, rows: list[dict]) -> dict[str, float]:
+    """measure, and the judge closed whatever happens."""
+    try:
+        return await measure(judge, rows)
+    finally:
+        await judge.close()
 
 
 def main(_) -> None:
@@ -80,12 +88,14 @@ def main(_) -> None:
     rows, report = read_rows(Source(DATA.value, columns=COLUMNS.value, limit=LIMIT.value), SCHEMA)
     print(f'{DATA.value}: {report}')
     judge_config = CONFIG.value.judge
+    if REPLAY.value:  # what was not recorded says nothing of the judge
+        judge_config = dataclasses.replace(judge_config, breaker=len(rows) + 1)
     judge = Judge(judge_config, Nobody() if REPLAY.value else RemoteEndpoint(judge_config.remote), OUT.value)
     for row in rows:
         judge.check(row)
     if REPLAY.value:
         judge.remember(REPLAY.value)
-    for name, value in asyncio.run(measure(judge, rows)).items():
+    for name, value in asyncio.run(closing(judge, rows)).items():
         print(f'{name:>16} {value:8.3f}')
 
 

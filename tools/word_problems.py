@@ -9,6 +9,7 @@ several fit are not written to sft.jsonl, and are counted.
 
 import itertools
 import json
+import math
 import pathlib
 import re
 
@@ -31,10 +32,13 @@ def plain(number: float) -> str:
 
 def worked_answer(problem: str, target: float) -> str | None:
     """The one equation over two numbers of the problem that gives the target, and the answer; None if there is none or a choice."""
-    numbers = list(dict.fromkeys(float(n) for n in NUMBER.findall(problem)))
-    pairs = [(numbers[0], numbers[0])] if len(numbers) == 1 else list(itertools.permutations(numbers, 2))
-    found = {sign: f'{plain(a)} {sign} {plain(b)} = {plain(target)}' for a, b in pairs[::-1] for sign, operation in OPERATIONS.items()
-             if operation(a, b) == target}
+    numbers = [float(n) for n in NUMBER.findall(problem)]
+    found = {}
+    for a, b in itertools.combinations(numbers, 2):
+        for x, sign, y in ((a, '+', b), (a, '*', b), (a, '-', b), (b, '-', a), (a, '/', b), (b, '/', a)):
+            value = OPERATIONS[sign](x, y)
+            if value is not None and math.isclose(value, target):
+                found[sign, frozenset((x, y))] = f'{plain(x)} {sign} {plain(y)} = {plain(target)}'
     return f'{next(iter(found.values()))}. The answer is {plain(target)}.' if len(found) == 1 else None
 
 

@@ -100,3 +100,10 @@ def copy_tokenizer(source: str | os.PathLike, workdir: str | os.PathLike, anew: 
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
+
+
+def refuse_inside(workdir: str | os.PathLike, **folders: str) -> None:
+    """Raises ValueError for a folder, by the name of its setting, that lies in the workdir: a run might replace what it starts from."""
+    for name, folder in folders.items():
+        if folder and pathlib.Path(workdir).resolve() in ((path := pathlib.Path(folder).resolve()), *path.parents):
+            raise ValueError(f'{name}={folder} lies in the workdir, whose checkpoints this run would replace; name another --workdir')

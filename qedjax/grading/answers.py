@@ -1,6 +1,8 @@
 """Final answers, checked by math-verify in a process that can be killed: a check that fails or hangs is not a wrong answer."""
 
 import asyncio
+import concurrent.futures
+import decimal
 import logging
 import multiprocessing
 import re
@@ -12,8 +14,8 @@ from qedjax.grading.grade import FULL, Grade, Graded, Ungraded
 
 TIMEOUT = 10.0  # seconds a check
 STARTING = 120.0  # seconds in which the process must have imported its library
-NUMBER = re.compile(r'[-+]?\$?[0-9][0-9,]*(?:\.[0-9]+)?')
-_MARK = re.compile(r'answer\s+is:?|answer:|####', re.IGNORECASE)
+NUMBER = re.compile(r'[-+]?\$?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?')
+_MARK = re.compile(r'answer\s+is:?|answer:|^####(?=\s*[-+$.0-9])', re.IGNORECASE | re.MULTILINE)
 _SENTENCE_END = re.compile(r'\.(?:\s|$)|\n')
 
 
@@ -27,20 +29,20 @@ def final_answer(text: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...} whose braces close; None if there is none."""
-    for match in reversed(list(re.finditer(r'\\boxed\s*\{', text))):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {'{': 1, '}': -1}.get(text[end], 0)
-            if not depth:
-                return text[match.end() : end].strip()
-    return None
+    """Content of the last \\boxed{...} whose braces close; None if there is none. One pass: repetition must not be expensive."""
+    found, opened = None, list[int]()
+    for match in re.finditer(r'\\boxed\s*\{|[{}]', text):
+        if match[0] != '}':
+            opened.append(match.end() if len(match[0]) > 1 else -1)
+        elif opened and (start := opened.pop()) >= 0 and (found is None or start > found[0]):
+            found = start, match.start()
+    return None if found is None else text[slice(*found)].strip()
 
 
-def plain_number(text: str) -> float | None:
-    """The value of a text that is one decimal number, with thousands separators or a dollar sign perhaps; else None."""
+def plain_number(text: str) -> decimal.Decimal | None:
+    """The value of a text that is one decimal number, with thousands separators or a dollar sign perhaps; else None. Exact."""
     text = text.strip().strip('$').strip()
-    return float(text.replace(',', '').replace('$', '')) if NUMBER.fullmatch(text) else None
+    return decimal.Decimal(text.replace(',', '').replace('$', '')) if NUMBER.fullmatch(text) else None
 
 
 class AnswerGrader:
@@ -48,6 +50,8 @@ class AnswerGrader:
 
     def __init__(self, timeout: float = TIMEOUT):
         self._checker = Checker(timeout)
+        # Its own thread: checks that wait must not hold up whoever else needs one.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='answers')
 
     def check(self, row: Mapping[str, Any]) -> None:
         """See Grader."""
@@ -60,7 +64,10 @@ class AnswerGrader:
         if not stated:
             return Graded(0, 'no final answer')
         numbers = plain_number(stated), plain_number(truth)
-        verdict = numbers[0] == numbers[1] if None not in numbers else await asyncio.to_thread(self._checker.verify, truth, stated)
+        if None in numbers:
+            verdict = await asyncio.get_running_loop().run_in_executor(self._thread, self._checker.verify, truth, stated)
+        else:
+            verdict = numbers[0] == numbers[1]
         if isinstance(verdict, Ungraded):
             return verdict
         return Graded(FULL if verdict else 0, f'final answer {stated[:80]!r} is {"right" if verdict else "wrong"}')
@@ -71,6 +78,7 @@ class AnswerGrader:
 
     async def close(self) -> None:
         """See Grader."""
+        self._thread.shutdown(cancel_futures=True)
         self._checker.close()
 
 
@@ -112,7 +120,12 @@ class Checker:
         self._process = context.Process(target=_serve, args=(other,), daemon=True)
         self._process.start()
         other.close()
-        if not self._pipe.poll(STARTING) or self._pipe.recv() != 'ready':
+        try:
+            ready = self._pipe.poll(STARTING) and self._pipe.recv() == 'ready'
+        except EOFError:
+            ready = False
+        if not ready:
+            self.close()
             raise RuntimeError('the answer checker does not start; is math-verify installed?')
 
 

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import statistics
 import time
@@ -17,8 +18,9 @@ from qedjax.data.chat import split_thinking
 from qedjax.grading.grade import Grade, Graded, Ungraded
 from qedjax.grading.parser import neutralised, parse_score, planted
 from qedjax.grading.schemes import scheme_text
-from qedjax.llm.client import EndpointError, LanguageModel, RequestFailed
+from qedjax.llm.client import EndpointError, LanguageModel, RequestFailed, gather
 from qedjax.llm.remote import RemoteConfig, Usage
+from qedjax.metrics import drop_torn_row
 from qedjax.types import SamplingParams
 
 COMBINE: dict[str, Callable[[Sequence[int]], float]] = {'mean': statistics.fmean, 'median': statistics.median}
@@ -59,8 +61,8 @@ def validate(cfg: JudgeConfig) -> None:
     for name in ('max_tokens', 'samples', 'tries', 'longest', 'breaker'):
         if getattr(cfg, name) < 1:
             raise ValueError(f'judge.{name} must be at least 1, not {getattr(cfg, name)}')
-    if not cfg.temperature >= 0:
-        raise ValueError(f'judge.temperature must not be negative, but is {cfg.temperature}')
+    if not 0 <= cfg.temperature < math.inf:
+        raise ValueError(f'judge.temperature must be a number that is not negative, but is {cfg.temperature}')
 
 
 class Judge:
@@ -78,8 +80,10 @@ class Judge:
         self.counts = {'graded': 0, 'ungraded': 0, 'cached': 0, 'planted': 0}
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         self._transcripts = pathlib.Path(folder) / 'transcripts.jsonl'
+        drop_torn_row(self._transcripts)
         self._cache = diskcache.Cache(cfg.cache or str(pathlib.Path(folder) / 'grader_cache'), disk=diskcache.JSONDisk,
                                       eviction_policy='none')
+        self._marking: dict[str, asyncio.Future[tuple[int | None, str]]] = {}
         self._in_a_row = 0
 
     def check(self, row: Mapping[str, Any]) -> None:
@@ -92,12 +96,11 @@ class Judge:
     async def grade(self, row: Mapping[str, Any], answer: str) -> Grade:
         """See Grader. Ungraded answers in a row trip the breaker: EndpointError."""
         self.counts['planted'] += planted(answer)
-        if len(answer) > self.cfg.longest:
-            grade: Grade = Ungraded(f'the answer has {len(answer)} characters, more than the {self.cfg.longest} that are sent')
-        else:
-            messages = self._messages(row, answer)
-            marks = await asyncio.gather(*(self._mark(messages, answer, i) for i in range(self.cfg.samples)))
-            grade = self._combined(marks)
+        if len(answer) > self.cfg.longest:  # a fact about the answer: it says nothing about the judge
+            self.counts['ungraded'] += 1
+            return Ungraded(f'the answer has {len(answer)} characters, more than the {self.cfg.longest} that are sent')
+        messages = self._messages(row, answer)
+        grade = self._combined(await gather(*(self._mark_once(messages, i) for i in range(self.cfg.samples))))
         graded = isinstance(grade, Graded)
         self.counts['graded' if graded else 'ungraded'] += 1
         self._in_a_row = 0 if graded else self._in_a_row + 1
@@ -112,16 +115,20 @@ class Judge:
 
     def remember(self, transcripts: str) -> None:
         """Takes the reports of another judge's transcripts for its own: what they answer is not asked again."""
-        for line in pathlib.Path(transcripts).read_bytes().split(b'\n'):
-            if line.strip() and isinstance((row := json.loads(line))['score'], int):
-                self._cache.set(row['key'], row['report'])
+        with open(transcripts, 'rb') as file:
+            for row in (json.loads(line) for line in file if line.endswith(b'}\n')):  # a kill may have cut the last one
+                if isinstance(row['score'], int):
+                    self._cache.set(row['key'], row['report'])
 
     async def close(self) -> None:
         """See Grader."""
+        for task in self._marking.values():
+            task.cancel()
+        await asyncio.gather(*self._marking.values(), return_exceptions=True)
         self._cache.close()
         await self._model.close()
 
-    def _combined(self, marks: list[tuple[int | None, str]]) -> Grade:
+    def _combined(self, marks: Sequence[tuple[int | None, str]]) -> Grade:
         given = [mark for mark, _ in marks if mark is not None]
         if not given:
             return Ungraded(marks[0][1])
@@ -134,21 +141,29 @@ class Judge:
                               fence=fence, **values)
         return [{'role': 'user', 'content': text}]
 
-    async def _mark(self, messages: list[dict[str, str]], answer: str, sample: int) -> tuple[int | None, str]:
-        """One mark and its report, or None and why there is none."""
-        reason = ''
-        for attempt in range(self.cfg.tries):
-            params = SamplingParams(self.cfg.temperature, self.cfg.max_tokens, sample=sample * self.cfg.tries + attempt)
-            key = self._key(messages, params)
+    async def _mark_once(self, messages: list[dict[str, str]], sample: int) -> tuple[int | None, str]:
+        """As _mark; equal questions that are under way at a time are asked once."""
+        key = self._key(messages, self._params(sample, 0))
+        if key not in self._marking:
+            self._marking[key] = asyncio.ensure_future(self._mark(messages, sample))
+            self._marking[key].add_done_callback(lambda _: self._marking.pop(key, None))
+        return await asyncio.shield(self._marking[key])
+
+    async def _mark(self, messages: list[dict[str, str]], sample: int) -> tuple[int | None, str]:
+        """One mark and its report, or None and why there is none. A mark that was once paid for is found before anything is asked."""
+        asked = [(self._key(messages, params), params) for params in (self._params(sample, i) for i in range(self.cfg.tries))]
+        for key, _ in asked:
             report = self._cache.get(key)
-            if report is not None and isinstance(score := parse_score(report, answer, self._scale), int):
+            if report is not None and isinstance(score := parse_score(report, self._scale), int):
                 self.counts['cached'] += 1
                 return score, report
+        reason = ''
+        for key, params in asked:
             try:
                 report = await self._ask(messages, params)
             except (ValueError, RequestFailed) as error:  # the network's edge; EndpointError ends the run
                 return None, str(error)
-            score = parse_score(report, answer, self._scale)
+            score = parse_score(report, self._scale)
             self._write(key, messages, report, score)
             if isinstance(score, int):
                 self._cache.set(key, report)
@@ -156,14 +171,17 @@ class Judge:
             reason = score
         return None, reason
 
+    def _params(self, sample: int, attempt: int) -> SamplingParams:
+        return SamplingParams(self.cfg.temperature, self.cfg.max_tokens, sample=sample * self.cfg.tries + attempt)
+
     async def _ask(self, messages, params: SamplingParams) -> str:
         """A report without the judge's thinking, which is no verdict."""
         return split_thinking((await self._model.complete(messages, params)).text, opened=False).answer
 
     def _key(self, messages, params: SamplingParams) -> str:
-        """Hash of all that the report depends on."""
+        """Hash of all that the report depends on; where the model is served is no part of it."""
         remote = self.cfg.remote
-        asked = [remote.base_url, remote.model, remote.api, remote.effort, messages, params.temperature, params.max_tokens, params.sample]
+        asked = [remote.model, remote.api, remote.effort, messages, params.temperature, params.max_tokens, params.sample]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _write(self, key: str, messages, report: str, score: int | str) -> None:

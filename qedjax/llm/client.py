@@ -1,5 +1,6 @@
 """The protocol that every language-model endpoint speaks: the local engine, our server and a remote API are interchangeable."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
@@ -33,3 +34,15 @@ class LanguageModel(Protocol):
     async def close(self) -> None:
         """Ends what is under way and gives back what the endpoint holds."""
         ...
+
+
+async def gather(*awaitables) -> Sequence:
+    """Their results; when one fails, the others are cancelled before its error is raised."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

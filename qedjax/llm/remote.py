@@ -7,6 +7,7 @@ import email.utils
 import json
 import os
 import random
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -31,11 +32,11 @@ class RemoteConfig:
       api: 'chat' or 'responses'.
       key_variable: environment variable with the key; a server that wants none may have it unset.
       effort: reasoning effort; '' leaves it out.
-      timeout: seconds a call; deadline: seconds a request with all its calls.
+      timeout: seconds a call; deadline: seconds a request with all its calls, from when its turn comes.
       attempts: calls a request at most; first_wait: seconds before the second, doubled each time, jittered; an answer's Retry-After
-        counts instead, up to longest_wait.
-      concurrency: calls under way at a time.
-      price_in, price_out: dollars a million tokens; budget: dollars after which no call is made, 0 is none.
+        counts instead, up to longest_wait. The defaults bear with a server that is away for about five minutes.
+      concurrency: requests under way at a time.
+      price_in, price_out: dollars a million tokens; budget: dollars after which this process makes no call, 0 is none.
     """
 
     base_url: str = ''
@@ -45,8 +46,8 @@ class RemoteConfig:
     effort: str = ''
     timeout: float = 900.0
     deadline: float = 3600.0
-    attempts: int = 5
-    first_wait: float = 1.0
+    attempts: int = 8
+    first_wait: float = 2.0
     longest_wait: float = 120.0
     concurrency: int = 64
     price_in: float = 0.0
@@ -100,8 +101,8 @@ class RemoteEndpoint:
             raise ValueError('a remote endpoint takes messages, not token ids')
         client, gate = self._connection()
         try:
-            async with asyncio.timeout(self.cfg.deadline):
-                return await self._attempts(client, gate, self._body(list(prompt), params))
+            async with gate, asyncio.timeout(self.cfg.deadline):  # in this order: waiting for our own turn is not the server's fault
+                return await self._attempts(client, self._body(list(prompt), params))
         except TimeoutError as error:
             raise RequestFailed(f'{self.cfg.base_url} did not answer within the deadline of {self.cfg.deadline:g} s') from error
 
@@ -124,12 +125,11 @@ class RemoteEndpoint:
         if opened:
             await opened[0].close()
 
-    async def _attempts(self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, body: dict[str, Any]) -> Completion:
+    async def _attempts(self, client: openai.AsyncOpenAI, body: dict[str, Any]) -> Completion:
         reason = ''
         for attempt in range(self.cfg.attempts):
             try:
-                async with gate:
-                    return await self._call(client, body)
+                return await self._call(client, body)
             except _Again as again:
                 reason = str(again)
                 wait = self.cfg.first_wait * 2**attempt * random.uniform(0.5, 1.5) if again.wait is None else again.wait
@@ -178,7 +178,8 @@ class RemoteEndpoint:
                                     'reasoning': {'effort': self.cfg.effort} if self.cfg.effort else None}
         else:
             more = {'messages': messages, 'max_completion_tokens': params.max_tokens, 'reasoning_effort': self.cfg.effort,
-                    'stop': list(params.stop), 'seed': params.seed + params.sample}
+                    'stop': list(params.stop)}
+            body['seed'] = (params.seed + 1_000_003 * params.sample) % 2**31
         return body | {name: value for name, value in more.items() if value}
 
     def _read(self, content: Any) -> Completion:
@@ -199,6 +200,7 @@ class RemoteEndpoint:
         self.usage.tokens_in += read
         self.usage.tokens_out += written
         self.usage.cost += (read * self.cfg.price_in + written * self.cfg.price_out) / 1e6
+        text = text.encode('utf-8', 'replace').decode()  # half of a surrogate pair could never be written down
         return Completion(text, (), (), FINISH.get(reason, 'error'))
 
 
@@ -206,12 +208,11 @@ def retry_after(header: str | None) -> float | None:
     """Seconds that a Retry-After header asks for: a number or a date; None if there is none or it is neither."""
     if header is None:
         return None
+    if re.fullmatch(r'\s*[0-9]+(\.[0-9]+)?\s*', header):
+        return float(header)
     try:
-        number = header.strip().replace('.', '', 1).isdigit()
-        return float(header) if number else _until(email.utils.parsedate_to_datetime(header))
+        moment = email.utils.parsedate_to_datetime(header)
     except ValueError:
         return None
-
-
-def _until(moment: datetime.datetime) -> float:
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
     return max((moment - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0)

@@ -1,15 +1,13 @@
 """From problems to graded groups: each answer goes to the grader as soon as it is whole, while others are still being written."""
 
-import asyncio
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
 from qedjax.data.chat import OPEN, split_thinking
 from qedjax.grading.grade import Graded
 from qedjax.grading.grader import Grader
-from qedjax.llm.client import LanguageModel
+from qedjax.llm.client import LanguageModel, gather
 from qedjax.rl.problems import Problem
 from qedjax.types import Completion, Group, Rollout, SamplingParams
 
@@ -60,15 +58,3 @@ class Actor:
         """The text after thinking ends; '' if it was cut before."""
         opened = self.tokenizer.decode(completion.prompt_ids[-8:]).rstrip().endswith(OPEN)  # type: ignore[attr-defined]
         return split_thinking(completion.text, opened).answer
-
-
-async def gather(*coroutines) -> Sequence:
-    """Their results; when one fails, the others are cancelled before its error is raised."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

@@ -4,8 +4,9 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 
+from qedjax.llm.client import gather
 from qedjax.llm.local import LocalEndpoint
-from qedjax.rl.actor import Actor, gather
+from qedjax.rl.actor import Actor
 from qedjax.rl.batch import varied
 from qedjax.rl.config import RLConfig
 from qedjax.rl.problems import Problem, problem_number
@@ -66,8 +67,8 @@ class Collector:
         self.counts = Counts()
         groups = await (self._in_flight(version) if self._cfg.max_lag else self._together())
         if not groups:
-            raise RuntimeError(f'of {PATIENCE * self._cfg.groups} groups none could be trained ({self.counts}): every answer is ungraded, '
-                               'or all answers of a group always earn the same; look at the samples')
+            raise RuntimeError(f'of {PATIENCE * self._cfg.groups} groups none could be trained ({self.counts}): their answers are '
+                               'ungraded, all earn the same, or are older than max_lag allows; look at the grader and the problems')
         self._open -= {group.draw for group in groups}
         return sorted(groups, key=lambda group: group.draw)
 
@@ -112,9 +113,9 @@ class Collector:
         if sum(rollout.reward is not None for rollout in group.rollouts) < 2:
             self.counts.ungraded += 1
             return self._drop(group)
-        if not varied(group, self._cfg.objective, self._cfg.max_tokens):
+        if self._cfg.objective.zero_variance == 'refill' and not varied(group, self._cfg.objective, self._cfg.max_tokens):
             self.counts.zero_variance += 1
-            return self._cfg.objective.zero_variance != 'refill' or self._drop(group)
+            return self._drop(group)
         return True
 
     def _fresh(self, group: Group, version: int) -> bool:

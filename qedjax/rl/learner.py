@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
-from qedjax.rl.batch import make_samples, pack, varied
+from qedjax.rl.batch import Sample, make_samples, pack, varied
 from qedjax.rl.config import RLConfig
 from qedjax.rl.losses import rl_loss, summarise
 from qedjax.sharding import put
@@ -35,6 +35,7 @@ class Learner:
         self.cfg, self.mesh, self.reference = cfg, mesh, reference
         self.tx = make_optimizer(cfg.optimizer, cfg.steps)
         loss = functools.partial(rl_loss, cfg=cfg.objective, temperature=cfg.temperature, num_valid=num_valid)
+        self._loss = loss
         self._step = make_summed_step(loss, self.tx, cfg.optimizer.clip_norm, cfg.seed)
         self._logprobs = jax.jit(functools.partial(reference_logprobs, temperature=cfg.temperature, num_valid=num_valid))
         self._documents = 1 if model_config.attention == 'cudnn' else None  # its kernel knows no segments
@@ -47,6 +48,13 @@ class Learner:
     def fresh(self, model_config: ModelConfig) -> TrainState:
         """The same from random weights: for its shapes."""
         return init_state(Transformer(model_config, jax.random.key(0)), self.tx)
+
+    def trace(self, model_config: ModelConfig) -> None:
+        """Traces a step: raises ValueError for a mesh or an attention backend that this model and these rows cannot use."""
+        rows, = pack([Sample((0,), (0,), (0.0,), 0.0, 1.0)], self.cfg.row_length, self.cfg.micro_rows)
+        gradient = jax.grad(self._loss, has_aux=True)
+        with jax.set_mesh(self.mesh):
+            jax.eval_shape(lambda rows: gradient(Transformer(model_config, jax.random.key(0)), rows), self._place(rows))
 
     def step(self, state: TrainState, groups: Sequence[Group]) -> tuple[TrainState, dict[str, float]]:
         """One update. Without a single answer to train, only the step counter moves."""

@@ -13,19 +13,17 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any, TextIO
+from collections.abc import Awaitable, Sequence
+from typing import Any, TextIO, TypeVar
 
 import jax
 import numpy as np
 from absl import logging
 
-from qedjax.checkpoint.load import copy_tokenizer, load_model, load_tokenizer, read_generation_config, resolve_config
+from qedjax.checkpoint.load import copy_tokenizer, load_model, load_tokenizer, read_generation_config, refuse_inside, resolve_config
 from qedjax.checkpoint.manager import Checkpointer
 from qedjax.data.chat import num_valid_ids, stop_ids
-from qedjax.data.sources import Source
 from qedjax.grading.grader import Grader, make_grader
-from qedjax.llm.client import EndpointError
 from qedjax.llm.local import LocalEndpoint
 from qedjax.metrics import MetricWriter, Progress, keep_rows, write_run_files
 from qedjax.model.config import ModelConfig
@@ -36,11 +34,13 @@ from qedjax.rl.learner import Learner, describe
 from qedjax.rl.problems import Problem, read_problems
 from qedjax.rollout import engine_config
 from qedjax.rollout.engine import Engine
+from qedjax.rollout.requests import check_request
 from qedjax.sharding import abstract, make_mesh, rollout_mesh_of_all
 from qedjax.train.step import TrainState
 from qedjax.types import Group, SamplingParams
 
 SAMPLES = 'samples.jsonl'
+Result = TypeVar('Result')
 
 
 def train(cfg: RLConfig, workdir: str, *, mode: str = 'resume', devices: list[jax.Device] | None = None,
@@ -54,12 +54,14 @@ def train(cfg: RLConfig, workdir: str, *, mode: str = 'resume', devices: list[ja
       devices: to train on; all by default.
       grader: instead of the config's.
 
-    Raises ValueError for a config, data or checkpoint that does not fit, EndpointError when the grader cannot serve any more (the
-    checkpoint of the last step is written first), FloatingPointError after `max_skipped` bad steps in a row.
+    Raises ValueError for a config, data or checkpoint that does not fit; EndpointError when the grader cannot serve any more and
+    RuntimeError when no group can be trained (the checkpoint of the last step is written first); FloatingPointError after `max_skipped`
+    bad steps in a row.
     """
     validate(cfg)
     if jax.process_count() > 1:
         raise ValueError('RL runs in one process for now; start it on a single host')
+    refuse_inside(workdir, init=cfg.init, reference=cfg.reference)
     run = _Run(cfg, pathlib.Path(workdir), devices, grader)
     identity = fingerprint(cfg, run.model_config, run.problems)
     with Checkpointer(run.workdir / 'checkpoints', identity, mode=mode, keep=cfg.keep) as checkpoints:
@@ -71,18 +73,20 @@ def train(cfg: RLConfig, workdir: str, *, mode: str = 'resume', devices: list[ja
 def fingerprint(cfg: RLConfig, model: ModelConfig, problems: Sequence[Problem]) -> dict[str, Any]:
     """What makes a run this run: all that its parameters depend on, but for what may change between two starts.
 
-    That is where and how fast it runs: devices, sizes of the engine, the judge's address and patience, what is saved and evaluated, and
-    the number of steps unless the learning rate depends on it.
+    That is where and how fast it runs: devices, kernels, remat, sizes of the engine, the judge's address and patience, what is saved and
+    evaluated, and the number of steps unless the learning rate depends on it.
     """
     judge, optimizer = cfg.judge, cfg.optimizer
-    digest = hashlib.sha256(repr([problem.prompt_ids for problem in problems]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr([(problem.prompt_ids, problem.row) for problem in problems]).encode()).hexdigest()[:16]
+    speed = dict.fromkeys(('attention', 'attention_block', 'paged_attention', 'remat'))
     return {
-        'problems': digest, 'order': cfg.problems.order, 'model': dataclasses.asdict(model), 'objective': dataclasses.asdict(cfg.objective),
-        'optimizer': dataclasses.asdict(optimizer),
+        'problems': digest, 'order': cfg.problems.order, 'model': dataclasses.asdict(model) | speed,
+        'objective': dataclasses.asdict(cfg.objective), 'optimizer': dataclasses.asdict(optimizer),
         'steps': cfg.steps * (optimizer.schedule != 'constant' or optimizer.warmup_fraction > 0),
         'groups': [cfg.groups, cfg.group_size], 'sampling': [cfg.temperature, cfg.max_tokens], 'max_lag': cfg.max_lag, 'seed': cfg.seed,
-        'grader': [cfg.grader, judge.prompt, judge.remote.model, judge.remote.effort, judge.samples, judge.combine]
-                  if cfg.grader == 'judge' else [cfg.grader]}
+        'reference': (cfg.reference or cfg.init) if cfg.objective.kl_coef else '',
+        'grader': [cfg.grader, judge.prompt, judge.remote.model, judge.remote.effort, judge.samples, judge.combine, judge.tries,
+                   judge.temperature, judge.max_tokens, judge.longest] if cfg.grader == 'judge' else [cfg.grader]}
 
 
 class _Run:
@@ -98,16 +102,22 @@ class _Run:
         self.model_config = resolve_config(cfg.init, cfg.model)
         self.tokenizer = load_tokenizer(cfg.init)
         self.num_valid = num_valid_ids(self.tokenizer)
+        if cfg.objective.kl_coef and resolve_config(cfg.reference or cfg.init, cfg.model).vocab_size < self.num_valid:
+            raise ValueError(f'the reference model {cfg.reference} has fewer rows than the {self.num_valid} ids of the tokenizer')
         self.stops = stop_ids(self.tokenizer, read_generation_config(cfg.init))
         self.grader = grader or make_grader(cfg.grader, cfg.judge, str(workdir))
-        self.problems = self._read(cfg.train)
-        self.held_out = self._read(cfg.evaluation.source)[: cfg.evaluation.problems or None] if cfg.evaluation.source.path else []
-        self.rollout_mesh = rollout_mesh_of_all(cfg.tensor)
+        self.problems = read_problems(cfg.train, cfg.problems, self.tokenizer, self.grader.check)
+        self.held_out = self._held_out() if cfg.evaluation.source.path else []
+        self.rollout_mesh = rollout_mesh_of_all(cfg.tensor, devices)
         self.engine_config, self.rollout_config = self._sizes()
         self.learner = Learner(cfg, self.model_config, self.mesh, self.num_valid)
+        self.learner.trace(self.model_config)
 
-    def _read(self, source: Source) -> list:
-        return read_problems(source, self.cfg.problems, self.tokenizer, self.grader.check)
+    def _held_out(self) -> list[Problem]:
+        """The problems of the evaluation: of any difficulty, or the score would not be that of the set."""
+        every = dataclasses.replace(self.cfg.problems, least=-1.0, most=1.0)
+        problems = read_problems(self.cfg.evaluation.source, every, self.tokenizer, self.grader.check)
+        return problems[: self.cfg.evaluation.problems or None]
 
     def _sizes(self) -> tuple[engine_config.EngineConfig, Any]:
         """The engine's sizes and the config of its copy of the model, checked against the longest prompt with a whole answer."""
@@ -120,10 +130,17 @@ class _Run:
         rollout = dataclasses.replace(self.model_config, param_dtype=self.model_config.dtype, remat='none')
         engine_config.validate(config, shards, rollout)
         limits = engine_config.limits_of(config, rollout, self.num_valid, shards)
-        if longest > limits.cached or len(self.stops) > limits.max_stop_ids:
-            raise ValueError(f'a request may come to {longest} positions and has {len(self.stops)} stop ids, but the engine has cache for '
-                             f'{limits.cached} a shard and places for {limits.max_stop_ids}; raise engine.cache_tokens or max_stop_ids')
+        prompt = max((problem.prompt_ids for problem in [*self.problems, *self.held_out]), key=len)
+        for params in (self._params(), self._evaluation_params()):
+            check_request(prompt, params, limits, 'the longest prompt')
         return config, rollout
+
+    def _params(self) -> SamplingParams:
+        return SamplingParams(self.cfg.temperature, self.cfg.max_tokens, stop_ids=self.stops)
+
+    def _evaluation_params(self) -> SamplingParams:
+        settings = self.cfg.evaluation
+        return dataclasses.replace(self._params(), temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
 
     async def main(self, checkpoints: Checkpointer) -> TrainState:
         """The whole run, inside an event loop."""
@@ -134,9 +151,8 @@ class _Run:
             self.learner.reference = load_model(cfg.reference or cfg.init, self.mesh, frozen)
         self.engine = Engine(state.model, self.rollout_mesh, self.engine_config, self.num_valid, self.tokenizer, cfg=self.rollout_config)
         self.engine.version = start
-        params = SamplingParams(cfg.temperature, cfg.max_tokens, stop_ids=self.stops)
         async with LocalEndpoint(self.engine, self.stops) as self.endpoint:
-            self.actor = Actor(self.endpoint, self.grader, self.tokenizer, params, cfg.group_size, cfg.seed)
+            self.actor = Actor(self.endpoint, self.grader, self.tokenizer, self._params(), cfg.group_size, cfg.seed)
             self.collector = Collector(cfg, self.endpoint, self.actor, self.problems, **position)
             try:
                 return await self._steps(state, start)
@@ -161,19 +177,24 @@ class _Run:
             for step in range(start, cfg.steps):
                 state = await self._step(state, step, writer, progress, file)
                 done, last = step + 1, step + 1 == cfg.steps
-                score = await self._evaluate(writer, done) if last or (every and done % every == 0) else None
+                evaluated = last or (every and done % every == 0)
+                score = await self._safely(self._evaluate(writer, done), done, state) if evaluated else None
                 if last or done % cfg.save_every == 0:
-                    self._save(done, state, score)
+                    await self._save(done, state, score)
         return state
+
+    async def _safely(self, work: Awaitable[Result], step: int, state: TrainState) -> Result:
+        """What `work` comes to. If the grader fails it, what was learnt until then is saved first."""
+        try:
+            return await work
+        except RuntimeError:  # EndpointError among them
+            await self._save(step, state)
+            raise
 
     async def _step(self, state: TrainState, step: int, writer: MetricWriter, progress: Progress, file: TextIO) -> TrainState:
         """Collects groups, makes one update, and hands the engine its weights."""
         cfg, clock = self.cfg, _Clock(self.engine)
-        try:
-            groups = await self.collector.collect(step)
-        except EndpointError:  # the grader is gone: nothing that was learnt may be lost with it
-            self._save(step, state)
-            raise
+        groups = await self._safely(self.collector.collect(step), step, state)
         clock.lap('collect')
         async with self.endpoint.held():
             state, metrics = await asyncio.to_thread(self.learner.step, state, groups)
@@ -190,20 +211,20 @@ class _Run:
                                      'checkpoints before them are sound: lower the learning rate or look at the samples')
         return state
 
-    def _save(self, step: int, state: TrainState, score: float | None = None) -> None:
+    async def _save(self, step: int, state: TrainState, score: float | None = None) -> None:
+        """Writes a checkpoint, in a thread: answers of the judge go on coming in."""
         if step and step != self.checkpoints.latest_complete():
             position = {'draw': self.collector.draw, 'pending': self.collector.pending}
             metadata = {'model': dataclasses.asdict(self.model_config), 'position': position}
-            self.checkpoints.save(step, state, metadata, None if score is None else -score)
-            self.checkpoints.wait()
+            await asyncio.to_thread(self.checkpoints.save, step, state, metadata, None if score is None else -score)
+            await asyncio.to_thread(self.checkpoints.wait)
 
     async def _evaluate(self, writer: MetricWriter, step: int) -> float | None:
         """Mean reward on the held-out problems, reported with half a 95% interval over problems; None without such problems."""
         if not self.held_out:
             return None
-        settings = self.cfg.evaluation
-        params = dataclasses.replace(self.actor.params, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
-        actor = dataclasses.replace(self.actor, params=params, size=settings.samples, seed=self.cfg.seed ^ 0x5EED)
+        actor = dataclasses.replace(self.actor, params=self._evaluation_params(), size=self.cfg.evaluation.samples,
+                                    seed=self.cfg.seed ^ 0x5EED)
         groups = await all_at_once(self.endpoint, actor, [(problem, i) for i, problem in enumerate(self.held_out)])
         metrics = evaluation_metrics(groups)
         writer.write(step, metrics)

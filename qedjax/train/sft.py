@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from qedjax.checkpoint.load import copy_tokenizer, load_model, load_tokenizer, read_generation_config, resolve_config
+from qedjax.checkpoint.load import copy_tokenizer, load_model, load_tokenizer, read_generation_config, refuse_inside, resolve_config
 from qedjax.checkpoint.manager import Checkpointer
 from qedjax.data.chat import dropped_reasoning, encode_row, num_valid_ids, stop_ids
 from qedjax.data.loader import Loader
@@ -131,8 +131,7 @@ def train(cfg: SFTConfig, workdir: str, *, mode: str = 'resume', devices: list[j
     Raises ValueError for a config, data or checkpoint that does not fit; FloatingPointError after `max_skipped` bad steps in a row.
     """
     validate(cfg)
-    if cfg.init and pathlib.Path(workdir).resolve() in (init := pathlib.Path(cfg.init).resolve(), *init.parents):
-        raise ValueError(f'init={cfg.init} lies in the workdir, whose checkpoints this run would replace; name another --workdir')
+    refuse_inside(workdir, init=cfg.init)
     run = _Run(cfg, pathlib.Path(workdir), devices)
     fingerprint = {'data': run.loader.fingerprint, 'model': dataclasses.asdict(run.model_config), 'steps': run.steps,
                    'optimizer': dataclasses.asdict(cfg.optimizer), 'seed': cfg.seed}
