@@ -34,7 +34,8 @@ def test_grades():
     async def main():
         got = [await grader.grade({'answer': truth}, answer) for truth, answer in (
             ('4', 'The answer is 4.0.'), ('4', 'The answer is 5.'), ('4', 'who knows'), ('1/2', '\\boxed{0.5}'),
-            (str(2**53), f'\\boxed{{{2**53 + 1}}}'), ('\\sqrt{2}', '\\boxed{2^{1/2}}'), ('(0,1)', '\\boxed{[0,1]}'), ('2', '\\boxed{banana}'))]
+            (str(2**53), f'\\boxed{{{2**53 + 1}}}'), ('\\sqrt{2}', '\\boxed{2^{1/2}}'), ('(0,1)', '\\boxed{[0,1]}'),
+            ('2', '\\boxed{banana}'))]
         await grader.close()
         return got
 

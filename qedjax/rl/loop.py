@@ -102,7 +102,8 @@ class _Run:
         self.model_config = resolve_config(cfg.init, cfg.model)
         self.tokenizer = load_tokenizer(cfg.init)
         self.num_valid = num_valid_ids(self.tokenizer)
-        if cfg.objective.kl_coef and resolve_config(cfg.reference or cfg.init, cfg.model).vocab_size < self.num_valid:
+        self.reference_config = resolve_config(cfg.reference or cfg.init, dataclasses.replace(cfg.model, param_dtype=cfg.model.dtype))
+        if self.reference_config.vocab_size < self.num_valid:
             raise ValueError(f'the reference model {cfg.reference} has fewer rows than the {self.num_valid} ids of the tokenizer')
         self.stops = stop_ids(self.tokenizer, read_generation_config(cfg.init))
         self.grader = grader or make_grader(cfg.grader, cfg.judge, str(workdir))
@@ -147,8 +148,7 @@ class _Run:
         cfg, self.checkpoints = self.cfg, checkpoints
         state, position, start = self._start()
         if cfg.objective.kl_coef:
-            frozen = dataclasses.replace(self.model_config, param_dtype=self.model_config.dtype)
-            self.learner.reference = load_model(cfg.reference or cfg.init, self.mesh, frozen)
+            self.learner.reference = load_model(cfg.reference or cfg.init, self.mesh, self.reference_config)
         self.engine = Engine(state.model, self.rollout_mesh, self.engine_config, self.num_valid, self.tokenizer, cfg=self.rollout_config)
         self.engine.version = start
         async with LocalEndpoint(self.engine, self.stops) as self.endpoint:
