@@ -2,8 +2,7 @@
 
 python launch/rl.py --config=configs/smollm2_wordproblems_rl.py:runs/wordproblems --workdir=runs/wordproblems/rl
 
-The argument is the folder of the data and of the SFT run (see smollm2_wordproblems_sft.py). An hour on two cores; docs/measurements.md has
-what it brings.
+The argument is the folder of the data and of the SFT run (see smollm2_wordproblems_sft.py). Not measured yet.
 """
 
 from qedjax.data.sources import Source

@@ -3,8 +3,8 @@
 python tools/word_problems.py --mawps=mawps_singleop.jsonl --out=runs/wordproblems
 python launch/sft.py --config=configs/smollm2_wordproblems_sft.py:SMOLLM2_DIR,runs/wordproblems --workdir=runs/wordproblems/sft
 
-The arguments are the model's Hugging Face folder and the folder of the data. 32 steps of about 16 answers at 1e-4, a few minutes on two
-cores; docs/measurements.md has what it brings.
+The arguments are the model's Hugging Face folder and the folder of the data. 32 steps of about 16 answers at 1e-4. Not
+measured yet.
 """
 
 from qedjax.data.sources import Source

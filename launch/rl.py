@@ -1,6 +1,6 @@
 """Reinforcement learning with rubric rewards.
 
-python launch/rl.py --config=configs/derivations_rl.py:runs/quickstart/sft --workdir=runs/rl [--config.optimizer.learning_rate=1e-5 ...]
+python launch/rl.py --config=configs/derivations_rl.py:runs/quickstart --workdir=runs/rl [--config.optimizer.learning_rate=1e-5 ...]
 
 Started again with the same workdir, it resumes from the newest complete checkpoint; what the judge has marked is not paid for again.
 """
@@ -19,7 +19,7 @@ OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Delete the checkpoints that t
 
 def main(_) -> None:
     if CONFIG.value is None:
-        raise ValueError('no --config: name one of configs/*_rl.py, e.g. --config=configs/derivations_rl.py:CHECKPOINT')
+        raise ValueError('no --config: name one of configs/*_rl.py, e.g. --config=configs/derivations_rl.py:runs/quickstart')
     loop.train(CONFIG.value, WORKDIR.value, mode='overwrite' if OVERWRITE.value else 'resume')
 
 

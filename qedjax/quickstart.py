@@ -124,9 +124,9 @@ def compare(cfg: QuickstartConfig, models: Mapping[str, pathlib.Path], samples: 
         sampler = sample_proofs(model, load_tokenizer(workdir), cfg.max_tokens, cfg.seed)
         scores[name] = {}
         for kind in KINDS:
-            completions = sampler(held_out(cfg, kind))
-            scores[name][kind] = score(held_out(cfg, kind), completions)
-            write_samples(samples, name, held_out(cfg, kind), completions)
+            chosen = held_out(cfg, kind)
+            scores[name][kind] = score(chosen, completions := sampler(chosen))
+            write_samples(samples, name, chosen, completions)
     return scores
 
 

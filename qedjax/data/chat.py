@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from qedjax.types import Example, Message
+from qedjax.types import Completion, Example, Message
 
 RawMessages = Sequence[Mapping[str, Any]]  # as they come from a file
 ROLES = ('system', 'user', 'assistant', 'tool')
@@ -124,6 +124,11 @@ def split_thinking(text: str, opened: bool) -> Thought:
     if close:
         return Thought(reasoning.strip('\n'), answer.lstrip('\n'), True)
     return Thought(body.strip('\n'), '', False) if tagged or opened else Thought('', text, True)
+
+
+def thought_of(tokenizer: Any, completion: Completion) -> Thought:
+    """The same for a completion, whose prompt tells whether it had begun the think block."""
+    return split_thinking(completion.text, tokenizer.decode(completion.prompt_ids[-8:]).rstrip().endswith(OPEN))
 
 
 def normalize_messages(messages: RawMessages) -> list[Message]:

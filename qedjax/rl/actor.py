@@ -1,15 +1,16 @@
 """From problems to graded groups: each answer goes to the grader as soon as it is whole, while others are still being written."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
-from qedjax.data.chat import OPEN, split_thinking
+from qedjax.data.chat import thought_of
 from qedjax.grading.grade import Graded
 from qedjax.grading.grader import Grader
 from qedjax.llm.client import LanguageModel, gather
 from qedjax.rl.problems import Problem
-from qedjax.types import Completion, Group, Rollout, SamplingParams
+from qedjax.types import Group, Rollout, SamplingParams
 
 FAULTS = ('cancelled', 'error', 'deadline')  # finish reasons that say nothing about the answer
 
@@ -29,7 +30,7 @@ class Actor:
 
     model: LanguageModel
     grader: Grader
-    tokenizer: object
+    tokenizer: Any
     params: SamplingParams
     size: int
     seed: int
@@ -44,7 +45,7 @@ class Actor:
     async def rollout(self, problem: Problem, params: SamplingParams) -> Rollout:
         """One answer. What was never said is worth 0 and costs no call; what was interrupted is not graded."""
         completion = await self.model.complete(problem.prompt_ids, params)
-        answer = self.answer_of(completion)
+        answer = thought_of(self.tokenizer, completion).answer
         if completion.finish_reason in FAULTS:
             return Rollout(completion, answer, None, f'the sampler ended it: {completion.finish_reason}')
         if not answer.strip():
@@ -53,8 +54,3 @@ class Actor:
         if isinstance(grade, Graded):
             return Rollout(completion, answer, grade.reward, grade.feedback)
         return Rollout(completion, answer, None, grade.reason)
-
-    def answer_of(self, completion: Completion) -> str:
-        """The text after thinking ends; '' if it was cut before."""
-        opened = self.tokenizer.decode(completion.prompt_ids[-8:]).rstrip().endswith(OPEN)  # type: ignore[attr-defined]
-        return split_thinking(completion.text, opened).answer

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import jax
 
 from qedjax.checkpoint.load import load_model, load_tokenizer, read_generation_config, resolve_config
-from qedjax.data.chat import OPEN, num_valid_ids, prompt_ids, split_thinking, stop_ids
+from qedjax.data.chat import num_valid_ids, prompt_ids, stop_ids, thought_of
 from qedjax.metrics import Progress
 from qedjax.model.config import ModelConfig
 from qedjax.rollout.engine import Engine
@@ -114,7 +114,6 @@ def _encode(number: int, row: dict[str, Any], tokenizer, thinking: bool | None) 
 
 
 def _describe(tokenizer, completion: Completion) -> dict[str, Any]:
-    opened = tokenizer.decode(completion.prompt_ids[-8:]).rstrip().endswith(OPEN)
-    thought = split_thinking(completion.text, opened)
+    thought = thought_of(tokenizer, completion)
     return {'text': completion.text, 'reasoning': thought.reasoning, 'answer': thought.answer, 'finish_reason': completion.finish_reason,
             'ids': completion.ids, 'logprobs': completion.logprobs}
