@@ -86,6 +86,14 @@ def rollout_mesh_of_all(tensor: int, devices: Sequence[jax.Device] | None = None
     return make_rollout_mesh(len(devices) // tensor, tensor, devices)
 
 
+def check_rows(mesh: Mesh, rows: int, length: int, name: str) -> None:
+    """Raises ValueError if `name` rows of `length` positions do not share evenly over a training mesh."""
+    shards, context = mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['context']
+    if rows % shards or length % context:
+        raise ValueError(f'{name}={rows} rows of row_length={length} cannot be shared evenly by data x fsdp = {shards} devices with '
+                         f'context = {context}; change them or mesh')
+
+
 def without_context(mesh: Mesh) -> Mesh:
     """The same devices with the context axis folded into fsdp: for decoding, whose rows have one position at a time."""
     data, fsdp, context, tensor = (mesh.shape[axis] for axis in TRAIN_AXES)

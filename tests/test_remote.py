@@ -17,13 +17,13 @@ MESSAGES = [{'role': 'user', 'content': 'mark this'}]
 QUICK = RemoteConfig('', 'judge', timeout=0.5, deadline=20.0, attempts=3, first_wait=0.01, longest_wait=0.3)
 
 
-def ask(reply, count=1, params=None, **changes):
+def ask(reply, count=1, params=None, messages=MESSAGES, **changes):
     """(completions or errors of `count` calls at once, the server, the endpoint's usage)."""
     with ScriptedServer(reply) as server:
         endpoint = RemoteEndpoint(dataclasses.replace(QUICK, base_url=server.base_url, **changes))
 
         async def main():
-            calls = [endpoint.complete(MESSAGES, params or SamplingParams(0.5, 100)) for _ in range(count)]
+            calls = [endpoint.complete(messages, params or SamplingParams(0.5, 100)) for _ in range(count)]
             results = await asyncio.gather(*calls, return_exceptions=True)
             await endpoint.close()
             return results
@@ -113,6 +113,12 @@ def test_waiting_for_our_own_turn_is_no_fault_of_the_server():
 def test_half_a_surrogate_pair_can_be_written_down():
     (completion,), _, _ = ask(lambda *_: b'{"choices": [{"message": {"content": "a\\ud83d"}}]}')
     assert completion.text == 'a?'
+
+
+def test_what_cannot_be_sent_is_refused_and_not_repeated():
+    (error,), server, usage = ask(lambda *_: 'good', messages=[{'role': 'user', 'content': 'half of a pair: \ud800'}])
+    assert isinstance(error, ValueError)
+    assert (server.calls, usage.retries) == ([], 0)
 
 
 def test_concurrency_is_bounded():

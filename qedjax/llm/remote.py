@@ -146,12 +146,12 @@ class RemoteEndpoint:
         try:
             async with asyncio.timeout(self.cfg.timeout):  # the library's own counts from byte to byte
                 response = await create(**body)
-                content = json.loads(response.http_response.content)
-            return self._read(content)
         except openai.APIStatusError as error:
             raise self._refusal(error) from error
         except (openai.APIConnectionError, TimeoutError) as error:
             raise _Again(f'{type(error).__name__}: {error}') from error
+        try:
+            return self._read(json.loads(response.http_response.content))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # of a reply that is not what the protocol says
             raise _Again(f'a reply that cannot be read ({type(error).__name__}: {error})') from error
 

@@ -35,7 +35,7 @@ from qedjax.rl.problems import Problem, read_problems
 from qedjax.rollout import engine_config
 from qedjax.rollout.engine import Engine
 from qedjax.rollout.requests import check_request
-from qedjax.sharding import abstract, make_mesh, rollout_mesh_of_all
+from qedjax.sharding import abstract, check_rows, make_mesh, rollout_mesh_of_all
 from qedjax.train.step import TrainState
 from qedjax.types import Group, SamplingParams
 
@@ -95,10 +95,7 @@ class _Run:
     def __init__(self, cfg: RLConfig, workdir: pathlib.Path, devices: list[jax.Device] | None, grader: Grader | None):
         self.cfg, self.workdir = cfg, workdir
         self.mesh = make_mesh(cfg.mesh, devices)
-        shards, context = self.mesh.shape['data'] * self.mesh.shape['fsdp'], self.mesh.shape['context']
-        if cfg.micro_rows % shards or cfg.row_length % context:
-            raise ValueError(f'micro_rows={cfg.micro_rows} rows of row_length={cfg.row_length} cannot be shared evenly by data x fsdp = '
-                             f'{shards} devices with context = {context}; change them or mesh')
+        check_rows(self.mesh, cfg.micro_rows, cfg.row_length, 'micro_rows')
         self.model_config = resolve_config(cfg.init, cfg.model)
         self.tokenizer = load_tokenizer(cfg.init)
         self.num_valid = num_valid_ids(self.tokenizer)

@@ -24,7 +24,7 @@ from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
 from qedjax.rollout.requests import MIN_TEMPERATURE
 from qedjax.rollout.static import generate
-from qedjax.sharding import MeshConfig, abstract, create, make_mesh, move, without_context
+from qedjax.sharding import MeshConfig, abstract, check_rows, create, make_mesh, move, without_context
 from qedjax.train import optimizer as optimizers
 from qedjax.train.losses import next_token_loss
 from qedjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -154,7 +154,7 @@ class _Run:
         if self.num_valid > self.model_config.vocab_size or cfg.row_length > self.model_config.max_positions:
             raise ValueError(f'the model has {self.model_config.vocab_size} rows and {self.model_config.max_positions} positions, but the '
                              f'tokenizer has {self.num_valid} ids and row_length is {cfg.row_length}')
-        _check_rows(cfg, self.mesh)
+        check_rows(self.mesh, cfg.batch_size // cfg.accumulation, cfg.row_length, 'batch_size / accumulation')
         self.loader = self._load(cfg.train)
         self.eval_loader = self._load(cfg.evaluation) if cfg.evaluation.path else None
         self.requests = self._requests(self.eval_loader) if self.eval_loader and cfg.monitor.prompts else []
@@ -296,10 +296,3 @@ def repetition(ids: tuple[int, ...], n: int) -> float:
     """Share of n-grams that occurred before in the same sequence; 0 for sequences shorter than n."""
     grams = [ids[i : i + n] for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _check_rows(cfg: SFTConfig, mesh: jax.sharding.Mesh) -> None:
-    shards, rows = mesh.shape['data'] * mesh.shape['fsdp'], cfg.batch_size // cfg.accumulation
-    if rows % shards or cfg.row_length % mesh.shape['context']:
-        raise ValueError(f'a micro-batch of {rows} rows of {cfg.row_length} cannot be shared evenly by data x fsdp = {shards} devices with '
-                         f'context = {mesh.shape["context"]}; change batch_size, accumulation, row_length or mesh')
