@@ -2,7 +2,8 @@
 
 python launch/rl.py --config=configs/smollm2_wordproblems_rl.py:runs/wordproblems --workdir=runs/wordproblems/rl
 
-The argument is the folder of the data and of the SFT run (see smollm2_wordproblems_sft.py). Not measured yet.
+The argument is the folder of the data and of the SFT run (see smollm2_wordproblems_sft.py). Accuracy at T=1 on 160 held-out problems goes
+from 0.30 to 0.36-0.40 on three seeds (docs/measurements.md); some minutes on a GPU.
 """
 
 from qedjax.data.sources import Source
