@@ -54,14 +54,14 @@ class QuickstartConfig:
       seed: of everything.
     """
 
-    documents: int = 12_000
+    documents: int = 10_000
     slip: float = 0.1
     problems: int = 128
     max_tokens: int = 112
     rl_problems: int = 4096
     sft: SFTConfig = dataclasses.field(default_factory=lambda: SFTConfig(
-        model=ModelConfig(vocab_size=288, embed_dim=192, mlp_dim=576, num_layers=2, num_heads=6, num_kv_heads=6, head_dim=32,
-                          max_positions=1024, rope_theta=1e4, init_std=0.05, dtype='float32', attention_block=256, remat='none'),
+        model=ModelConfig(vocab_size=288, embed_dim=128, mlp_dim=384, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32,
+                          max_positions=1024, rope_theta=1e4, init_std=0.1, dtype='float32', attention_block=256, remat='none'),
         format='pair', row_length=256, batch_size=8, save_every=100,
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_fraction=0.05, b2=0.98, weight_decay=0.01)))
     rl: RLConfig = dataclasses.field(default_factory=lambda: RLConfig(

@@ -184,6 +184,20 @@ def prompt_ids(
     Raises:
       ValueError: if the messages end with no query, or thinking is False and the template always opens a think block.
     """
+    return spliced_ids(tokenizer, messages, {}, thinking)
+
+
+def placeholders(count: int, text: str) -> list[str]:
+    """Characters that `text` does not hold and that mean nothing, to stand for ids in `spliced_ids`."""
+    return [character for character in reversed(_PRIVATE) if character not in text][:count]
+
+
+def spliced_ids(tokenizer: PreTrainedTokenizerBase, messages: RawMessages, values: Mapping[str, Sequence[int]],
+                thinking: bool | None = None) -> tuple[int, ...]:
+    """As `prompt_ids`, of messages that hold placeholders: each becomes the ids that `values` has for it, whatever their text is.
+
+    The text on both sides of a placeholder is encoded by itself. Raises ValueError as prompt_ids does.
+    """
     form, turns = chat_format(tokenizer), normalize_messages(messages)
     last = turns[-1]['role']
     if last not in ('user', 'tool'):
@@ -193,7 +207,15 @@ def prompt_ids(
                          'reasoning, or use a template that heeds enable_thinking')
     mark = _unused(turns)[0]
     cut = [_cut_message(message, form.control, mark) for message in turns]
-    return tuple(_encode(_render(cut, tokenizer, prompt=True, thinking=thinking), tokenizer, mark))
+    text = _render(cut, tokenizer, prompt=True, thinking=thinking)
+    pieces = re.split(f'([{"".join(values)}])', text) if values else [text]
+    return tuple(token for piece in pieces for token in (values[piece] if piece in values else _encode(piece, tokenizer, mark)))
+
+
+def as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text whose control tokens mean nothing: each is encoded as the characters that it is written with."""
+    mark = _unused([{'role': 'user', 'content': text}])[0]
+    return _encode(_cut(text, chat_format(tokenizer).control, mark), tokenizer, mark)
 
 
 def dropped_reasoning(tokenizer: PreTrainedTokenizerBase, messages: RawMessages) -> int:

@@ -1,0 +1,157 @@
+"""The reasoning cache as values: what a chain knows, the calls it has made, and what follows from a call. Nothing here asks a model.
+
+A turn reasons from (problem, summary), then summarises (problem, summary, reasoning); only the summary reaches the next turn. A chain is
+its calls: its state is recomputed from them, so a call either happened whole or not at all, and a chain goes on where it stopped.
+Source: the reasoning cache of QED-Nano (arXiv 2604.04898).
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qedjax.data.chat import chat_format, split_thinking, thought_of
+from qedjax.types import Completion
+
+REASON, SUMMARISE = 'reason', 'summarise'
+MODES = ('replace', 'append')
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A text that a model wrote.
+
+    Attributes:
+      text: of it.
+      ids: the very ids that were sampled; None where they are unknown, or where some are control tokens, which no prompt may hold.
+    """
+
+    text: str = ''
+    ids: tuple[int, ...] | None = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a chain knows before a turn: the problem, the summaries' parts (one, or in mode 'append' one a turn), the turn from 0."""
+
+    problem: str
+    summary: tuple[Sampled, ...] = ()
+    turn: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A completion in a chain. `phase` is 'reason' or 'summarise'."""
+
+    phase: str
+    turn: int
+    completion: Completion
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A chain from its start.
+
+    Attributes:
+      start: state before the first call.
+      calls: all of them, in order.
+      states: before each turn that was begun, and the one after the last summary.
+      answers: of each turn that was reasoned, in order; '' where its thinking was cut or nothing followed it.
+      end: why it ended: 'turns', 'tokens', 'repeated', 'checked', or 'failed: ' and the reason; '' while it goes on.
+    """
+
+    start: State
+    calls: tuple[Call, ...]
+    states: tuple[State, ...]
+    answers: tuple[str, ...]
+    end: str = ''
+
+    @property
+    def answer(self) -> tuple[str, int | None]:
+        """The answer of the last turn that gave one, and that turn's number; ('', None) if none did."""
+        given = [(answer, self.start.turn + i) for i, answer in enumerate(self.answers) if answer.strip()]
+        return given[-1] if given else ('', None)
+
+    @property
+    def tokens(self) -> int:
+        """Ids that were sampled in all."""
+        return sum(len(call.completion.ids) for call in self.calls)
+
+    @property
+    def due(self) -> str:
+        """The phase of the next call."""
+        return SUMMARISE if self.calls and self.calls[-1].phase == REASON else REASON
+
+
+def begin(start: State) -> Trace:
+    """A chain without calls."""
+    return Trace(start, (), (start,), ())
+
+
+def advance(trace: Trace, completion: Completion, tokenizer: Any, mode: str = 'replace', exact: bool = True) -> Trace:
+    """The chain after its next call returned `completion`.
+
+    `tokenizer` is that of the model which wrote it, None for a remote one; `exact` is whether its ids mean the same to who reads them.
+    An empty summary leaves the old one as it is.
+    """
+    state, phase = trace.states[-1], trace.due
+    calls = (*trace.calls, Call(phase, state.turn, completion))
+    if phase == REASON:
+        return dataclasses.replace(trace, calls=calls, answers=(*trace.answers, _thought(completion, tokenizer).answer))
+    new = final_part(completion, tokenizer)
+    new = new if exact or not new.text else Sampled(new.text, None)
+    parts = state.summary if not new.text.strip() else (new,) if mode == 'replace' else (*state.summary, new)
+    return dataclasses.replace(trace, calls=calls, states=(*trace.states, State(state.problem, parts, state.turn + 1)))
+
+
+def reasoning_part(completion: Completion, tokenizer: Any) -> Sampled:
+    """What a turn reasoned: the text before its thinking closes, or all of it where nothing closes or was opened."""
+    thought = _thought(completion, tokenizer)
+    text = thought.reasoning.strip('\n') or thought.answer.strip('\n')
+    return _sampled(completion, text, completion.text.find(text), tokenizer)
+
+
+def final_part(completion: Completion, tokenizer: Any) -> Sampled:
+    """What follows the thinking of a completion: an answer, or a summary."""
+    text = _thought(completion, tokenizer).answer.strip('\n')
+    return _sampled(completion, text, completion.text.rfind(text), tokenizer)
+
+
+def _thought(completion: Completion, tokenizer: Any):
+    return split_thinking(completion.text, opened=False) if tokenizer is None else thought_of(tokenizer, completion)
+
+
+def _sampled(completion: Completion, text: str, start: int, tokenizer: Any) -> Sampled:
+    """A part of a completion, from a character on, with its ids if some run of the completion's ids means exactly that text."""
+    if not text:
+        return Sampled()
+    if tokenizer is None or not completion.ids or chat_format(tokenizer).control.search(text):
+        return Sampled(text, None)
+    first, last = (_within(completion.ids, length, tokenizer) for length in (start, start + len(text)))
+    ids = tuple(completion.ids[first:last])
+    return Sampled(text, ids if tokenizer.decode(ids) == text else None)
+
+
+def _within(ids: Sequence[int], length: int, tokenizer: Any) -> int:
+    """The most first ids whose text is no longer: by bisection, since decoding 2,000 prefixes would take seconds."""
+    return bisect.bisect_right(range(len(ids) + 1), length, key=lambda count: len(tokenizer.decode(ids[:count]))) - 1
+
+
+def to_json(value: State | Completion) -> dict[str, Any]:
+    """A state or completion as JSON can hold it."""
+    return dataclasses.asdict(value)
+
+
+def state_from(row: Mapping[str, Any]) -> State:
+    """Inverse of to_json for a state."""
+    parts = tuple(Sampled(part['text'], None if part['ids'] is None else tuple(part['ids'])) for part in row['summary'])
+    return State(row['problem'], parts, row['turn'])
+
+
+def completion_from(row: Mapping[str, Any]) -> Completion:
+    """Inverse of to_json for a completion."""
+    return Completion(**{name: _tuples(value) for name, value in row.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
