@@ -156,11 +156,14 @@ class Group:
       draw: number of the prompt in the order of the run, which fixes the problem and all seeds.
       problem: its text, for people.
       rollouts: the answers, in the order of their sample index.
+      turn, summary: of the state that was answered, with the reasoning cache; turn is None without.
     """
 
     draw: int
     problem: str
     rollouts: tuple[Rollout, ...]
+    turn: int | None = None
+    summary: str = ''
 
     @property
     def oldest_version(self) -> int:

@@ -96,15 +96,21 @@ class Decoder:
         `tries` times ends its own chain as 'failed: ...'. The last turn is summarised only if `last_summary` says so. Raises EndpointError
         when nothing can be served, and ValueError for a prompt that cannot be.
         """
-        while not (end := await self._end(trace, last_summary)):
-            try:
-                completion = await self._call(trace, seed)
-            except RequestFailed as error:
-                end = f'failed: {error}'
-                break
-            trace = self.advance(trace, completion)
-            self.committed(key, trace)
-        return dataclasses.replace(trace, end=end)
+        while not trace.end:
+            trace = await self.step(trace, seed, key, last_summary)
+        return trace
+
+    async def step(self, trace: Trace, seed: int, key: Any = None, last_summary: bool = False) -> Trace:
+        """The chain after one more call, or ended, as `run` does it."""
+        if end := await self._end(trace, last_summary):
+            return dataclasses.replace(trace, end=end)
+        try:
+            completion = await self._call(trace, seed)
+        except RequestFailed as error:
+            return dataclasses.replace(trace, end=f'failed: {error}')
+        trace = self.advance(trace, completion)
+        self.committed(key, trace)
+        return trace
 
     def advance(self, trace: Trace, completion: Completion) -> Trace:
         """The chain after its next call; also how one that was interrupted is rebuilt from its completions."""

@@ -36,11 +36,12 @@ class Actor:
     seed: int
 
     async def group(self, problem: Problem, draw: int) -> Group:
-        """All answers to one problem, graded. Seeds depend on (run seed, draw, index of the answer) alone."""
-        seed = int(np.random.SeedSequence((self.seed, draw)).generate_state(1)[0])
+        """All answers to one problem, graded. Seeds depend on (run seed, draw, turn of a state, index of the answer) alone."""
+        key = (self.seed, draw) if problem.turn is None else (self.seed, draw, problem.turn)
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         params = [dataclasses.replace(self.params, seed=seed, sample=i) for i in range(self.size)]
         rollouts = await gather(*(self.rollout(problem, p) for p in params))
-        return Group(draw, problem.row['problem'], tuple(rollouts))
+        return Group(draw, problem.row['problem'], tuple(rollouts), problem.turn, problem.summary)
 
     async def rollout(self, problem: Problem, params: SamplingParams) -> Rollout:
         """One answer. What was never said is worth 0 and costs no call; what was interrupted is not graded."""

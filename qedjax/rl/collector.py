@@ -4,12 +4,16 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from qedjax.llm.client import gather
 from qedjax.llm.local import LocalEndpoint
 from qedjax.rl.actor import Actor
 from qedjax.rl.batch import varied
+from qedjax.rl.chains import Chains
 from qedjax.rl.config import RLConfig
 from qedjax.rl.problems import Problem, problem_number
+from qedjax.rl.together import all_at_once
 from qedjax.types import Group
 
 PATIENCE = 10  # times the groups of a step that may be drawn for it before it makes do with fewer
@@ -24,15 +28,6 @@ class Counts:
     zero_variance: int = 0
 
 
-async def all_at_once(endpoint: LocalEndpoint, actor: Actor, chosen: Sequence[tuple[Problem, int]]) -> Sequence[Group]:
-    """Groups of (problem, draw) pairs whose requests reach the engine together, in order: what it computes then depends on nothing else."""
-    async with endpoint.held():
-        tasks = [asyncio.ensure_future(actor.group(problem, draw)) for problem, draw in chosen]
-        while endpoint.queued < len(tasks) * actor.size and not any(task.done() for task in tasks):
-            await asyncio.sleep(0)
-    return await gather(*tasks)
-
-
 class Collector:
     """Draws problems and turns them into the groups of one step after the other.
 
@@ -41,14 +36,17 @@ class Collector:
       counts: what was left out since `collect` was last called.
     """
 
-    def __init__(self, cfg: RLConfig, endpoint: LocalEndpoint, actor: Actor, problems: Sequence[Problem], draw: int = 0,
-                 pending: Sequence[int] = ()):
-        """Goes on at draw number `draw`, after those in `pending`, which an earlier process had begun."""
-        self.draw, self.counts = draw, Counts()
+    def __init__(self, cfg: RLConfig, endpoint: LocalEndpoint, actor: Actor, problems: Sequence[Problem], chains: Chains | None = None,
+                 draw: int = 0, pending: Sequence[int] = ()):
+        """Goes on at draw number `draw`, after those in `pending`, which an earlier process had begun.
+
+        With `chains`, a draw gives as many groups as states are trained, otherwise one.
+        """
+        self.draw, self.counts, self._chains = draw, Counts(), chains
         self._cfg, self._endpoint, self._actor, self._problems = cfg, endpoint, actor, problems
         self._again = sorted(pending)
         self._open: set[int] = set()  # draws that have been begun and neither trained nor dropped
-        self._making: set[asyncio.Task[Group]] = set()
+        self._making: set[asyncio.Task[list[Group]]] = set()
         self._ready: list[Group] = []
         in_order = cfg.problems.order == 'easiest first'
         self._difficulties = [float(p.row.get('difficulty', -1.0)) for p in problems] if in_order else None
@@ -70,17 +68,23 @@ class Collector:
             raise RuntimeError(f'of {PATIENCE * self._cfg.groups} groups none could be trained ({self.counts}): their answers are '
                                'ungraded, all earn the same, or are older than max_lag allows; look at the grader and the problems')
         self._open -= {group.draw for group in groups}
-        return sorted(groups, key=lambda group: group.draw)
+        return sorted(groups, key=lambda group: (group.draw, group.turn or 0))
 
     async def _together(self) -> list[Group]:
         """Synchronous: the groups of this step are begun together, and nothing else is under way."""
         ready: list[Group] = []
         for _ in range(PATIENCE):
-            chosen = [self._next() for _ in range(self._cfg.groups - len(ready))]
-            ready += filter(self._usable, await all_at_once(self._endpoint, self._actor, chosen))
-            if len(ready) == self._cfg.groups:
+            missing = self._cfg.groups - len(ready)
+            drawn = [self._next() for _ in range(-(-missing // max(self._cfg.chains.states, 1)))]
+            found = await self._chains.together(drawn) if self._chains else [[self._problems[number]] for number, _ in drawn]
+            chosen = [(problem, draw) for (_, draw), problems in zip(drawn, found, strict=True) for problem in problems]
+            works = [self._actor.group(problem, draw) for problem, draw in chosen]
+            ready += filter(self._usable, await all_at_once(self._endpoint, works, len(works) * self._actor.size))
+            if len(ready) >= self._cfg.groups:
                 break
-        return ready
+        for group in ready[self._cfg.groups :]:
+            self._drop(group)
+        return ready[: self._cfg.groups]
 
     async def _in_flight(self, version: int) -> list[Group]:
         """The first groups to be ready, while others go on."""
@@ -88,11 +92,10 @@ class Collector:
         self._ready = [group for group in self._ready if self._fresh(group, version)]
         while len(self._ready) < self._cfg.groups and left:
             while len(self._making) < self._cfg.in_flight:
-                problem, draw = self._next()
-                self._making.add(asyncio.ensure_future(self._actor.group(problem, draw)))
+                self._making.add(asyncio.ensure_future(self._groups(*self._next())))
             done, self._making = await asyncio.wait(self._making, return_when=asyncio.FIRST_COMPLETED)
-            left -= len(done)
-            finished = [task.result() for task in done]
+            finished = [group for task in done for group in task.result()]
+            left -= len(finished)
             self._ready += [group for group in finished if self._usable(group) and self._fresh(group, version)]
         batch, self._ready = self._ready[: self._cfg.groups], self._ready[self._cfg.groups :]
         return batch
@@ -103,14 +106,29 @@ class Collector:
             task.cancel()
         await asyncio.gather(*self._making, return_exceptions=True)
 
-    def _next(self) -> tuple[Problem, int]:
-        draw = self._again.pop(0) if self._again else self.draw
-        self.draw = max(self.draw, draw + 1)
-        self._open.add(draw)
-        return self._problems[problem_number(draw, len(self._problems), self._cfg.seed, self._difficulties)], draw
+    async def _groups(self, number: int, draw: int) -> list[Group]:
+        """All groups of a draw."""
+        chosen = await self._chains.states(number, draw) if self._chains else [self._problems[number]]
+        return list(await gather(*(self._actor.group(problem, draw) for problem in chosen)))
+
+    def _next(self) -> tuple[int, int]:
+        """Number of the next problem, and of its draw."""
+        while True:
+            draw = self._again.pop(0) if self._again else self.draw
+            self.draw = max(self.draw, draw + 1)
+            number = self._number(draw)
+            if not self._chains or self._chains.difficulty.wanted(number):
+                self._open.add(draw)
+                return number, draw
+
+    def _number(self, draw: int) -> int:
+        return problem_number(draw, len(self._problems), self._cfg.seed, self._difficulties)
 
     def _usable(self, group: Group) -> bool:
-        if sum(rollout.reward is not None for rollout in group.rollouts) < 2:
+        rewards = [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
+        if self._chains and rewards:
+            self._chains.difficulty.update(self._number(group.draw), float(np.mean(rewards)))
+        if len(rewards) < 2:
             self.counts.ungraded += 1
             return self._drop(group)
         if self._cfg.objective.zero_variance == 'refill' and not varied(group, self._cfg.objective, self._cfg.max_tokens):

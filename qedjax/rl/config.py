@@ -6,8 +6,10 @@ import math
 from qedjax.data.sources import Source
 from qedjax.grading.judge import JudgeConfig
 from qedjax.model.config import ModelConfig
+from qedjax.rl import chains as chain_settings
 from qedjax.rl import losses
 from qedjax.rl import problems as problem_settings
+from qedjax.rl.chains import ChainsConfig
 from qedjax.rl.losses import ObjectiveConfig
 from qedjax.rl.problems import ProblemsConfig
 from qedjax.rollout.engine_config import EngineConfig
@@ -48,7 +50,7 @@ class RLConfig:
       init: Hugging Face or Orbax folder of the policy to start from; its tokenizer is used too.
       reference: folder of the reference model of the KL penalty; '' is `init`. Read only if objective.kl_coef is not 0.
       model: param_dtype, dtype, attention, attention_block, remat and paged_attention are taken from here, sizes from `init`.
-      train: source of the problems. problems: how they are chosen and put.
+      train: source of the problems. problems: how they are chosen and put. chains: states of reasoning-cache chains to train from.
       grader: 'derivations', 'answers' or 'judge'; `judge` configures the last.
       group_size: answers to a problem. groups: problems a step. steps: updates.
       temperature, max_tokens: of every answer.
@@ -67,6 +69,7 @@ class RLConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: Source = dataclasses.field(default_factory=Source)
     problems: ProblemsConfig = dataclasses.field(default_factory=ProblemsConfig)
+    chains: ChainsConfig = dataclasses.field(default_factory=ChainsConfig)
     grader: str = 'judge'
     judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
     group_size: int = 16
@@ -96,6 +99,7 @@ def validate(cfg: RLConfig) -> None:
     optimizers.validate(cfg.optimizer)
     losses.validate(cfg.objective)
     problem_settings.validate(cfg.problems)
+    chain_settings.validate(cfg.chains)
     if not cfg.init or not cfg.train.path:
         raise ValueError('RL needs a policy and problems: set --config.init to a checkpoint and --config.train.path to a file of problems')
     if cfg.grader not in GRADERS:

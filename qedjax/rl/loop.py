@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from qedjax import prompts
 from qedjax.checkpoint.load import copy_tokenizer, load_model, load_tokenizer, read_generation_config, refuse_inside, resolve_config
 from qedjax.checkpoint.manager import Checkpointer
 from qedjax.data.chat import num_valid_ids, stop_ids
@@ -27,11 +28,14 @@ from qedjax.grading.grader import Grader, make_grader
 from qedjax.llm.local import LocalEndpoint
 from qedjax.metrics import MetricWriter, Progress, keep_rows, write_run_files
 from qedjax.model.config import ModelConfig
+from qedjax.rl import chains as chain_settings
 from qedjax.rl.actor import Actor
-from qedjax.rl.collector import Collector, all_at_once
+from qedjax.rl.chains import Chains
+from qedjax.rl.collector import Collector
 from qedjax.rl.config import RLConfig, validate
 from qedjax.rl.learner import Learner, describe
 from qedjax.rl.problems import Problem, read_problems
+from qedjax.rl.together import all_at_once
 from qedjax.rollout import engine_config
 from qedjax.rollout.engine import Engine
 from qedjax.rollout.requests import check_request
@@ -83,7 +87,9 @@ def fingerprint(cfg: RLConfig, model: ModelConfig, problems: Sequence[Problem]) 
         'problems': digest, 'order': cfg.problems.order, 'model': dataclasses.asdict(model) | speed,
         'objective': dataclasses.asdict(cfg.objective), 'optimizer': dataclasses.asdict(optimizer),
         'steps': cfg.steps * (optimizer.schedule != 'constant' or optimizer.warmup_fraction > 0),
-        'groups': [cfg.groups, cfg.group_size], 'sampling': [cfg.temperature, cfg.max_tokens], 'max_lag': cfg.max_lag, 'seed': cfg.seed,
+        'groups': [cfg.groups, cfg.group_size],
+        'chains': dataclasses.asdict(cfg.chains) | {'summariser': cfg.chains.summariser.model} if cfg.chains.states else None,
+        'sampling': [cfg.temperature, cfg.max_tokens], 'max_lag': cfg.max_lag, 'seed': cfg.seed,
         'reference': (cfg.reference or cfg.init) if cfg.objective.kl_coef else '',
         'grader': [cfg.grader, judge.prompt, judge.remote.model, judge.remote.effort, judge.samples, judge.combine, judge.tries,
                    judge.temperature, judge.max_tokens, judge.longest] if cfg.grader == 'judge' else [cfg.grader]}
@@ -104,7 +110,11 @@ class _Run:
             raise ValueError(f'the reference model {cfg.reference} has fewer rows than the {self.num_valid} ids of the tokenizer')
         self.stops = stop_ids(self.tokenizer, read_generation_config(cfg.init))
         self.grader = grader or make_grader(cfg.grader, cfg.judge, str(workdir))
-        self.problems = read_problems(cfg.train, cfg.problems, self.tokenizer, self.grader.check)
+        self.settings = cfg.problems
+        if cfg.chains.states:  # then a problem alone is the first state of a chain, and put as such
+            self.settings = dataclasses.replace(cfg.problems, prompt=prompts.load(cfg.chains.decoding.prompts.first),
+                                                thinking=cfg.chains.decoding.prompts.thinking)
+        self.problems = read_problems(cfg.train, self.settings, self.tokenizer, self.grader.check)
         self.held_out = self._held_out() if cfg.evaluation.source.path else []
         self.rollout_mesh = rollout_mesh_of_all(cfg.tensor, devices)
         self.engine_config, self.rollout_config = self._sizes()
@@ -113,14 +123,14 @@ class _Run:
 
     def _held_out(self) -> list[Problem]:
         """The problems of the evaluation: of any difficulty, or the score would not be that of the set."""
-        every = dataclasses.replace(self.cfg.problems, least=-1.0, most=1.0)
+        every = dataclasses.replace(self.settings, least=-1.0, most=1.0)
         problems = read_problems(self.cfg.evaluation.source, every, self.tokenizer, self.grader.check)
         return problems[: self.cfg.evaluation.problems or None]
 
     def _sizes(self) -> tuple[engine_config.EngineConfig, Any]:
         """The engine's sizes and the config of its copy of the model, checked against the longest prompt with a whole answer."""
         cfg, shards = self.cfg, self.rollout_mesh.shape['data']
-        longest = max(len(problem.prompt_ids) for problem in [*self.problems, *self.held_out]) + cfg.max_tokens
+        longest = max(max(len(problem.prompt_ids) for problem in [*self.problems, *self.held_out]) + cfg.max_tokens, self._longest_turn())
         config = dataclasses.replace(cfg.engine, max_length=cfg.engine.max_length or longest)
         if longest > min(config.max_length, self.model_config.max_positions):
             raise ValueError(f'the longest prompt with max_tokens={cfg.max_tokens} comes to {longest} positions, but the engine takes '
@@ -132,6 +142,19 @@ class _Run:
         for params in (self._params(), self._evaluation_params()):
             check_request(prompt, params, limits, 'the longest prompt')
         return config, rollout
+
+    def _longest_turn(self) -> int:
+        """Positions that a turn of a chain may take; a group's answer to the longest state must fit a row. 0 without chains."""
+        cfg, decoding = self.cfg, self.cfg.chains.decoding
+        if not cfg.chains.states:
+            return 0
+        problem = max(self.problems, key=lambda problem: len(problem.prompt_ids)).row['problem']
+        reason, summary = chain_settings.longest(cfg.chains, problem, self.tokenizer)
+        if reason + cfg.max_tokens > cfg.row_length:
+            raise ValueError(f'a state of up to {reason} tokens and max_tokens={cfg.max_tokens} do not fit row_length={cfg.row_length}; '
+                             'raise it, or lower chains.decoding.summarise.max_tokens')
+        return max(reason + max(cfg.max_tokens, decoding.reason.max_tokens),
+                   0 if cfg.chains.summariser.base_url else summary + decoding.summarise.max_tokens)
 
     def _params(self) -> SamplingParams:
         return SamplingParams(self.cfg.temperature, self.cfg.max_tokens, stop_ids=self.stops)
@@ -150,11 +173,17 @@ class _Run:
         self.engine.version = start
         async with LocalEndpoint(self.engine, self.stops) as self.endpoint:
             self.actor = Actor(self.endpoint, self.grader, self.tokenizer, self._params(), cfg.group_size, cfg.seed)
-            self.collector = Collector(cfg, self.endpoint, self.actor, self.problems, **position)
+            self.chains = None
+            if cfg.chains.states:
+                self.chains = Chains(cfg.chains, self.endpoint, self.tokenizer, self.stops, cfg.seed, self.problems)
+                self.chains.load(position.pop('chains', self.chains.to_json()))
+            self.collector = Collector(cfg, self.endpoint, self.actor, self.problems, self.chains, **position)
             try:
                 return await self._steps(state, start)
             finally:
                 await self.collector.close()
+                if self.chains:
+                    await self.chains.close()
                 await self.grader.close()
 
     def _start(self) -> tuple[TrainState, dict[str, Any], int]:
@@ -212,6 +241,7 @@ class _Run:
         """Writes a checkpoint, in a thread: answers of the judge go on coming in."""
         if step and step != self.checkpoints.latest_complete():
             position = {'draw': self.collector.draw, 'pending': self.collector.pending}
+            position |= {'chains': self.chains.to_json()} if self.chains else {}
             metadata = {'model': dataclasses.asdict(self.model_config), 'position': position}
             await asyncio.to_thread(self.checkpoints.save, step, state, metadata, None if score is None else -score)
             await asyncio.to_thread(self.checkpoints.wait)
@@ -222,7 +252,8 @@ class _Run:
             return None
         actor = dataclasses.replace(self.actor, params=self._evaluation_params(), size=self.cfg.evaluation.samples,
                                     seed=self.cfg.seed ^ 0x5EED)
-        groups = await all_at_once(self.endpoint, actor, [(problem, i) for i, problem in enumerate(self.held_out)])
+        works = [actor.group(problem, i) for i, problem in enumerate(self.held_out)]
+        groups = await all_at_once(self.endpoint, works, len(works) * actor.size)
         metrics = evaluation_metrics(groups)
         writer.write(step, metrics)
         logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})
@@ -268,8 +299,9 @@ def write_samples(file: TextIO, step: int, groups: Sequence[Group]) -> None:
     """Appends every answer of a step, for people to read."""
     for group in groups:
         for i, r in enumerate(group.rollouts):
+            state = {} if group.turn is None else {'turn': group.turn, 'summary': group.summary}
             row = {'step': step, 'draw': group.draw, 'sample': i, 'problem': group.problem, 'answer': r.answer, 'reward': r.reward,
                    'feedback': r.feedback, 'text': r.completion.text, 'finish_reason': r.completion.finish_reason,
-                   'tokens': len(r.completion.ids), 'versions': r.completion.versions}
+                   'tokens': len(r.completion.ids), 'versions': r.completion.versions} | state
             file.write(json.dumps(row, ensure_ascii=False) + '\n')
     file.flush()

@@ -39,10 +39,15 @@ class ProblemsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A problem as the model gets it (prompt_ids) and as the grader does (row: problem, rubric, answer, ...)."""
+    """A problem as the model gets it (prompt_ids) and as the grader does (row: problem, rubric, answer, ...).
+
+    With the reasoning cache, `turn` and `summary` tell the state that prompt_ids put; turn is None without.
+    """
 
     prompt_ids: tuple[int, ...]
     row: Mapping[str, Any]
+    turn: int | None = None
+    summary: str = ''
 
 
 def validate(cfg: ProblemsConfig) -> None:

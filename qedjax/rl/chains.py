@@ -1,0 +1,134 @@
+"""RL with the reasoning cache: a drawn problem becomes a chain of turns, and some of the chain's states become prompts of their own.
+
+Only answers to those prompts are trained, graded against the problem itself; what the chain wrote is not. Chains and groups share the
+engine, and a chain's summaries are kept for later chains where replay is on.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qedjax.llm import remote
+from qedjax.llm.client import gather
+from qedjax.llm.local import LocalEndpoint
+from qedjax.llm.remote import RemoteConfig, RemoteEndpoint
+from qedjax.reasoning_cache import decoder
+from qedjax.reasoning_cache.decoder import Decoder, RCConfig, Writer
+from qedjax.reasoning_cache.prompts import reasoning_prompt, summary_prompt
+from qedjax.reasoning_cache.state import SUMMARISE, Sampled, State, Trace, begin
+from qedjax.reasoning_cache.states import Difficulty, ReplayBuffer, Stored, sample_states
+from qedjax.rl.problems import Problem
+from qedjax.rl.together import all_at_once
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ChainsConfig:
+    """States to train from.
+
+    Attributes:
+      states: of a drawn problem that are trained, chosen among those before each turn; 0 is RL without the reasoning cache.
+      decoding: of the chains; its `turns` is the number of states to choose from, less where a chain begins in the buffer.
+      replay: problems whose summaries are kept to begin later chains with; 0 keeps none.
+      horizon: turn from which summaries are not kept any more; 0 is no bound.
+      least, most: problems whose running mean reward lies outside (least, most] are mostly passed over.
+      summariser: endpoint that summarises; without base_url the policy does.
+    """
+
+    states: int = 0
+    decoding: RCConfig = dataclasses.field(default_factory=lambda: RCConfig(turns=3))
+    replay: int = 0
+    horizon: int = 0
+    least: float = -1.0
+    most: float = 1.0
+    summariser: RemoteConfig = dataclasses.field(default_factory=RemoteConfig)
+
+
+def validate(cfg: ChainsConfig) -> None:
+    """Raises ValueError, in one sentence, for chains that cannot be trained from."""
+    if cfg.states < 0 or cfg.replay < 0 or cfg.horizon < 0 or not cfg.least < cfg.most:
+        raise ValueError(f'chains needs states, replay and horizon >= 0, and least < most: {cfg}')
+    if not cfg.states:
+        return
+    decoder.validate(cfg.decoding)
+    if cfg.decoding.total_tokens or cfg.decoding.stop_on_repeat:
+        raise ValueError('chains that are trained from have a fixed number of turns; leave total_tokens and stop_on_repeat off')
+    if cfg.decoding.mode == 'append' and cfg.replay:
+        raise ValueError("with replay, summaries of mode 'append' would grow without bound; set chains.decoding.mode=replace")
+    if cfg.summariser.base_url:
+        remote.validate(cfg.summariser)
+
+
+def longest(cfg: ChainsConfig, problem: str, tokenizer: Any) -> tuple[int, int]:
+    """Tokens of the longest prompt that a turn on this problem may reason from, and may be summarised from."""
+    most = cfg.decoding.turns if cfg.decoding.mode == 'append' else 1
+    state = State(problem, (Sampled('summary', (0,) * cfg.decoding.summarise.max_tokens),) * most)
+    reasoning = Sampled('reasoning', (0,) * cfg.decoding.reason.max_tokens)
+    prompts = cfg.decoding.prompts
+    return len(reasoning_prompt(prompts, state, tokenizer)), len(summary_prompt(prompts, state, reasoning, tokenizer))
+
+
+class Chains:
+    """Turns draws of problems into prompts of states."""
+
+    def __init__(self, cfg: ChainsConfig, endpoint: LocalEndpoint, tokenizer: Any, stops: tuple[int, ...], seed: int,
+                 problems: Sequence[Problem]):
+        self.cfg, self.replay = cfg, ReplayBuffer(cfg.replay, cfg.horizon)
+        self.difficulty = Difficulty(cfg.least, cfg.most)
+        self._endpoint, self._problems, self._seed, self._tokenizer = endpoint, problems, seed, tokenizer
+        self._remote = RemoteEndpoint(cfg.summariser) if cfg.summariser.base_url else None
+        policy = Writer(endpoint, tokenizer, stops)
+        # The summary after the last turn begins no state that is trained: it is written for the buffer alone.
+        turns = cfg.decoding.turns - (not cfg.replay)
+        self._decoder = Decoder(dataclasses.replace(cfg.decoding, turns=turns), policy, Writer(self._remote) if self._remote else policy)
+
+    async def states(self, number: int, draw: int) -> list[Problem]:
+        """The prompts of a draw of problem `number`."""
+        trace, seed = self._begin(number, draw)
+        if self._decoder.cfg.turns:
+            trace = await self._decoder.run(trace, seed, last_summary=True)
+        return self._end(number, draw, trace)
+
+    async def together(self, drawn: Sequence[tuple[int, int]]) -> list[list[Problem]]:
+        """The same for several (number, draw), turn by turn, so that what the engine computes depends on nothing else."""
+        traces, seeds = map(list, zip(*(self._begin(*pair) for pair in drawn), strict=True))
+        for _ in range(2 * self._decoder.cfg.turns):
+            going = [i for i, trace in enumerate(traces) if not trace.end]
+            steps = [self._decoder.step(traces[i], seeds[i], last_summary=True) for i in going]
+            away = self._remote and any(traces[i].due == SUMMARISE for i in going)
+            done = await (gather(*steps) if away else all_at_once(self._endpoint, steps, len(steps)))
+            for i, trace in zip(going, done, strict=True):
+                traces[i] = trace
+        return [self._end(*pair, trace) for pair, trace in zip(drawn, traces, strict=True)]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the next process must know, as JSON can hold it."""
+        return {'replay': self.replay.to_json(), 'difficulty': self.difficulty.to_json()}
+
+    def load(self, row: dict[str, Any]) -> None:
+        """Inverse of to_json."""
+        self.replay.load(row['replay'])
+        self.difficulty.load(row['difficulty'])
+
+    async def close(self) -> None:
+        """Closes the connection to the summariser."""
+        if self._remote:
+            await self._remote.close()
+
+    def _begin(self, number: int, draw: int) -> tuple[Trace, int]:
+        start = self.replay.start(number, self._problems[number].row['problem'], (self._seed, draw, 1))
+        return begin(start), int(np.random.SeedSequence((self._seed, draw, 2)).generate_state(1)[0])
+
+    def _end(self, number: int, draw: int, trace: Trace) -> list[Problem]:
+        """Stores the summaries of a chain, and makes prompts of some of its states."""
+        written = [call.completion for call in trace.calls if call.phase == SUMMARISE]
+        versions = [max((version for version, _ in c.versions), default=0) for c in written]
+        self.replay.add(number, [Stored(*pair) for pair in zip(trace.states[1:], versions, strict=True)])
+        chosen = sample_states(trace.states[: self.cfg.decoding.turns], self.cfg.states, (self._seed, draw, 3))
+        return [self._prompt(number, state) for state in chosen]
+
+    def _prompt(self, number: int, state: State) -> Problem:
+        ids = reasoning_prompt(self.cfg.decoding.prompts, state, self._tokenizer)
+        summary = '\n\n'.join(part.text for part in state.summary)
+        return Problem(tuple(ids), self._problems[number].row, state.turn, summary)  # type: ignore[arg-type]
