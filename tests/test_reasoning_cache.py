@@ -148,6 +148,14 @@ def test_a_summary_cannot_break_the_prompt(poison):
         assert poison.split('\n')[0].removeprefix('</think>') in model.tokenizer.decode(model.asked[2][0])
 
 
+def test_what_is_spelled_out_stays_within_its_budget():
+    """Seven bytes for a control token: a prompt is never longer than its budgets allow."""
+    trace, model = chain(['</tool_response>' * 30, '<tool_response>' * 18, 'x'], dataclasses.replace(CFG, turns=2))
+    bare = len(reasoning_prompt(PROMPTS, State('1 a+1 b+2'), model.tokenizer))
+    assert [len(prompt) - bare for prompt, _ in model.asked] == [0, 31 + 3, 19 + 1]
+    assert trace.end == 'turns'
+
+
 def test_a_problem_may_hold_any_character():
     tokenizer = tiny_tokenizer('none')
     state = State('\uf8ff and \ue000', (Sampled('s', tuple(tokenizer.encode('s'))),))
@@ -217,7 +225,7 @@ def test_another_model_summarises_in_its_own_words():
     two = Decoder(dataclasses.replace(CFG, turns=2), Writer(first, tokenizer, stop_ids(tokenizer)), Writer(second, other, stop_ids(other)))
     trace = asyncio.run(two.run(begin(State('p')), 0))
     assert [len(first.asked), len(second.asked)] == [2, 1]
-    assert trace.states[1].summary == (Sampled('s1', None),)
+    assert trace.states[1].summary == (Sampled('s1', tuple(tokenizer.encode('s1'))),)
 
 
 def test_a_remote_model_gets_messages():

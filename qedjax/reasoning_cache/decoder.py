@@ -10,7 +10,7 @@ import numpy as np
 from qedjax.llm.client import LanguageModel, RequestFailed, gather
 from qedjax.reasoning_cache import prompts
 from qedjax.reasoning_cache.prompts import PromptsConfig, reasoning_prompt, summary_prompt
-from qedjax.reasoning_cache.state import MODES, REASON, Trace, advance, reasoning_part
+from qedjax.reasoning_cache.state import MODES, REASON, Sampled, Trace, advance, reasoning_part, spelled
 from qedjax.rollout.requests import MIN_TEMPERATURE
 from qedjax.types import Completion, SamplingParams
 
@@ -114,8 +114,14 @@ class Decoder:
 
     def advance(self, trace: Trace, completion: Completion) -> Trace:
         """The chain after its next call; also how one that was interrupted is rebuilt from its completions."""
-        writer = self.reasoner if trace.due == REASON else self.summariser
-        return advance(trace, completion, writer.tokenizer, self.cfg.mode, exact=writer.tokenizer is self.reasoner.tokenizer)
+        writer, reader, phase = self.summariser.tokenizer, self.reasoner.tokenizer, trace.due
+        trace = advance(trace, completion, reader if phase == REASON else writer, self.cfg.mode)
+        if phase == REASON or writer is reader or reader is None:
+            return trace
+        # The summary came in the ids of another vocabulary, or without any: it is spelled out for its reader, within its budget.
+        *states, last = trace.states
+        parts = (*last.summary[:-1], *(spelled(part.text, reader, self.cfg.summarise.max_tokens) for part in last.summary[-1:]))
+        return dataclasses.replace(trace, states=(*states, dataclasses.replace(last, summary=parts)))
 
     async def _end(self, trace: Trace, last_summary: bool) -> str:
         """Why the chain ends here; '' if it goes on."""
@@ -140,7 +146,8 @@ class Decoder:
             writer, sampling = self.summariser, self.cfg.summarise
             reasoning = reasoning_part(trace.calls[-1].completion, self.reasoner.tokenizer)
             if writer.tokenizer is not self.reasoner.tokenizer:
-                reasoning = dataclasses.replace(reasoning, ids=None)  # ids of another vocabulary
+                reasoning = Sampled(reasoning.text, None) if writer.tokenizer is None else spelled(
+                    reasoning.text, writer.tokenizer, self.cfg.reason.max_tokens)
             prompt = summary_prompt(self.cfg.prompts, state, reasoning, writer.tokenizer)
         params = SamplingParams(sampling.temperature, sampling.max_tokens, call_seed(seed, state.turn, phase), writer.stops,
                                 top_p=sampling.top_p, top_k=sampling.top_k)

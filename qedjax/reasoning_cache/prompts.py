@@ -67,5 +67,5 @@ def _ids(parts: Sequence[Sampled], tokenizer: Any) -> list[int]:
     ids: list[int] = []
     for number, part in enumerate(parts):
         ids += as_text(tokenizer, JOIN) if number else []
-        ids += as_text(tokenizer, part.text) if part.ids is None else part.ids
+        ids += as_text(tokenizer, part.text) if part.ids is None else part.ids  # None: stored by a chain of a remote model
     return ids

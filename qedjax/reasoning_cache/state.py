@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qedjax.data.chat import chat_format, split_thinking, thought_of
+from qedjax.data.chat import as_text, chat_format, split_thinking, thought_of
 from qedjax.types import Completion
 
 REASON, SUMMARISE = 'reason', 'summarise'
@@ -23,7 +23,8 @@ class Sampled:
 
     Attributes:
       text: of it.
-      ids: the very ids that were sampled; None where they are unknown, or where some are control tokens, which no prompt may hold.
+      ids: the very ids that were sampled. Where they are unknown, or some are control tokens, which no prompt may hold, those of the text
+        spelled out, no more than the budget of what was sampled; None for a model without a tokenizer.
     """
 
     text: str = ''
@@ -88,18 +89,16 @@ def begin(start: State) -> Trace:
     return Trace(start, (), (start,), ())
 
 
-def advance(trace: Trace, completion: Completion, tokenizer: Any, mode: str = 'replace', exact: bool = True) -> Trace:
+def advance(trace: Trace, completion: Completion, tokenizer: Any, mode: str = 'replace') -> Trace:
     """The chain after its next call returned `completion`.
 
-    `tokenizer` is that of the model which wrote it, None for a remote one; `exact` is whether its ids mean the same to who reads them.
-    An empty summary leaves the old one as it is.
+    `tokenizer` is that of the model which wrote it, None for a remote one. An empty summary leaves the old one as it is.
     """
     state, phase = trace.states[-1], trace.due
     calls = (*trace.calls, Call(phase, state.turn, completion))
     if phase == REASON:
         return dataclasses.replace(trace, calls=calls, answers=(*trace.answers, _thought(completion, tokenizer).answer))
     new = final_part(completion, tokenizer)
-    new = new if exact or not new.text else Sampled(new.text, None)
     parts = state.summary if not new.text.strip() else (new,) if mode == 'replace' else (*state.summary, new)
     return dataclasses.replace(trace, calls=calls, states=(*trace.states, State(state.problem, parts, state.turn + 1)))
 
@@ -125,11 +124,19 @@ def _sampled(completion: Completion, text: str, start: int, tokenizer: Any) -> S
     """A part of a completion, from a character on, with its ids if some run of the completion's ids means exactly that text."""
     if not text:
         return Sampled()
-    if tokenizer is None or not completion.ids or chat_format(tokenizer).control.search(text):
+    if tokenizer is None:
         return Sampled(text, None)
-    first, last = (_within(completion.ids, length, tokenizer) for length in (start, start + len(text)))
-    ids = tuple(completion.ids[first:last])
-    return Sampled(text, ids if tokenizer.decode(ids) == text else None)
+    if not chat_format(tokenizer).control.search(text):
+        first, last = (_within(completion.ids, length, tokenizer) for length in (start, start + len(text)))
+        ids = tuple(completion.ids[first:last])
+        if tokenizer.decode(ids) == text:
+            return Sampled(text, ids)
+    return spelled(text, tokenizer, len(completion.ids))
+
+
+def spelled(text: str, tokenizer: Any, most: int) -> Sampled:
+    """A text with at most so many ids of its own: for who was not told the sampled ones, or may not have them."""
+    return Sampled(text, tuple(as_text(tokenizer, text)[:most]))
 
 
 def _within(ids: Sequence[int], length: int, tokenizer: Any) -> int:
