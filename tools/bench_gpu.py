@@ -30,7 +30,7 @@ from qedjax.model.presets import qwen3_4b_2507
 from qedjax.model.transformer import Transformer
 from qedjax.rollout.engine import Engine
 from qedjax.rollout.engine_config import EngineConfig
-from qedjax.sharding import MeshConfig, abstract, create, make_mesh, make_rollout_mesh
+from qedjax.sharding import MeshConfig, abstract, create, make_mesh, make_rollout_mesh, spec
 from qedjax.train.losses import next_token_loss
 from qedjax.train.optimizer import OptimizerConfig, make_optimizer
 from qedjax.train.step import init_state, make_train_step, place_batch
@@ -59,7 +59,7 @@ def attempt(name: str, run: Callable[[], None], latest: float = math.inf) -> boo
         run()
     except Exception as error:
         fits, where = 'memory' not in str(error).lower(), traceback.extract_tb(error.__traceback__)[-1]
-        say(f'{name}: failed, {type(error).__name__}: {" ".join(str(error).split())[:300]} ({where.filename[-40:]}:{where.lineno})')
+        say(f'{name}: failed, {type(error).__name__}: {" ".join(str(error).split())[:300]} ({where.name}:{where.lineno})')
     gc.collect()
     return fits
 
@@ -104,7 +104,7 @@ def decode(name: str, cfg: ModelConfig, slots: int, mesh) -> None:
     config = EngineConfig(slots=slots, staged=0, max_length=2 * answer, cache_tokens=128 * answer, steps=STEPS, prefill_tokens=prompt,
                           prefill_rows=(1,))
     model, start = create(model_of(cfg), mesh), time.perf_counter()
-    engine = Engine(model, make_rollout_mesh(), config, cfg.vocab_size, donate=True)
+    engine = Engine(model, make_rollout_mesh(), config, cfg.vocab_size)
     warm_up, rng, marks = time.perf_counter() - start, np.random.default_rng(0), []
     requests = [engine.submit(rng.integers(0, cfg.vocab_size, prompt).tolist(), SamplingParams(1.0, answer, seed=i)) for i in range(slots)]
     while engine.pending:
@@ -115,13 +115,14 @@ def decode(name: str, cfg: ModelConfig, slots: int, mesh) -> None:
     filled = float(np.mean([length for _, length in full])) + slots * STEPS / 2  # on GPUs, a call runs before the one ahead of it is read
     weights = cfg.num_params - (0 if cfg.tie_embeddings else cfg.vocab_size * cfg.embed_dim)
     size = jnp.dtype(cfg.dtype).itemsize * (weights + 2 * filled * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim)
-    say(f'{name}: {slots / step:,.0f} tokens/s, {step * 1e3:.2f} ms a step (median of {len(full)} calls), {size / 1e9:.2f} GB to read in it: '
-        f'{size / step / CEILING["B/s"]:.1%} of the copy\'s GB/s; warm-up {warm_up:.1f} s, {engine.stats.compilations} compilations after it')
+    say(f'{name}: {slots / step:,.0f} tokens/s, {step * 1e3:.2f} ms a step (median of {len(full)} calls), {size / 1e9:.2f} GB to read in '
+        f'it: {size / step / CEILING["B/s"]:.1%} of the copy\'s GB/s; warm-up {warm_up:.1f} s, {engine.stats.compilations} compiled after')
 
 
 def train(name: str, cfg: ModelConfig, length: int, mesh) -> None:
     for optimizer in ('adamw', 'adafactor'):
-        if attempt(tried := f'{name}, {optimizer}', functools.partial(train_with, tried, cfg, length, optimizer, mesh)):
+        tried = f'{name}, {optimizer}'
+        if attempt(tried, functools.partial(train_with, tried, cfg, length, optimizer, mesh), LATEST['train']):
             return
 
 
@@ -149,8 +150,9 @@ def train_with(name: str, cfg: ModelConfig, length: int, optimizer: str, mesh) -
     rate = length / seconds(run)
     flops = cfg.flops_per_token(length) * rate
     share = mfu(flops)
-    say(f'{name}: {rate:,.0f} tokens/s, {length / rate * 1e3:.0f} ms a step; {flops / 1e12:.1f} TFLOP/s: {flops / CEILING["FLOP/s"]:.1%} of '
-        f'the product\'s, MFU {"unknown" if share is None else f"{share:.1%}"}; loss {metrics["loss"]:.2f}, {metrics["skipped"]} steps skipped')
+    say(f'{name}: {rate:,.0f} tokens/s, {length / rate * 1e3:.0f} ms a step; {flops / 1e12:.1f} TFLOP/s: '
+        f'{flops / CEILING["FLOP/s"]:.1%} of the product\'s, {"?" if share is None else f"{share:.1%}"} of the data sheet\'s; '
+        f'loss {metrics["loss"]:.2f}, {metrics["skipped"]} steps skipped')
 
 
 def attention(name: str, cfg: ModelConfig, T: int, mesh) -> None:
@@ -160,7 +162,7 @@ def attention(name: str, cfg: ModelConfig, T: int, mesh) -> None:
     @jax.jit
     def run(q, k, v, d_out):
         out, backward = jax.vjp(lambda q, k, v: attend_packed(q, k, v, jnp.ones((1, T), jnp.int32), cfg), q, k, v)
-        return out, *backward(d_out)
+        return out, *backward(jax.reshard(d_out, spec('batch', 'sequence', 'heads', None)))
 
     took = seconds(lambda: run(*inputs))
     flops = 6 * T**2 * cfg.num_heads * cfg.head_dim / took  # as flops_per_token counts: causal, nothing recomputed
@@ -178,7 +180,8 @@ def cases(cfg: ModelConfig) -> Iterator[tuple]:
         yield 'decode', f'{slots} slots', decode, (cfg, slots)
     for backend, length, remat in (('cudnn', short, 'full'), ('cudnn', middle, 'full'), ('cudnn', long, 'full'), ('xla', short, 'full'),
                                    ('cudnn', short, 'dots')):
-        yield 'train', f'1 x {length:,}, {backend}, remat {remat}', train, (dataclasses.replace(cfg, attention=backend, remat=remat), length)
+        case = dataclasses.replace(cfg, attention=backend, remat=remat)
+        yield 'train', f'1 x {length:,}, {backend}, remat {remat}', train, (case, length)
     for length, backend in itertools.product((short, middle), ('cudnn', 'xla')):
         yield 'attention', f'1 x {length:,}, {backend}', attention, (dataclasses.replace(cfg, attention=backend), length)
 

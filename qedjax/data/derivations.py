@@ -23,6 +23,8 @@ import zlib
 
 import numpy as np
 
+from qedjax import prompts
+
 LABELS = string.ascii_letters + '!#$%&/?@^_|~'  # one byte each, none of them used by operations or values
 MAX_STEPS = len(LABELS)  # 64
 DIGITS = {'+': '123456789', '-': '123456789', '*': '379'}
@@ -176,6 +178,40 @@ def summary_text(problem: Problem, proof: str, rng: np.random.Generator | None =
         return ''
     digit = int(claims[-1][2])
     return f'{claims[-1][1]}={_digit(digit, rng, wrong) if rng and wrong else digit}'
+
+
+def long_rows(
+    seed: int, n: int, min_steps: int, max_steps: int, lines: int, *, slip: float = 0.1, wrong: float = 0.03
+) -> list[dict[str, str]]:
+    """n training rows on chains too long for one answer, in which the teacher writes `lines` steps at a time.
+
+    A third begin a proof, a half continue one from a summary, with the faults of teacher_continuation, and the others summarise a part
+    of a proof. One summary in 1 / wrong has the wrong digit, also those that are continued. Prompts are those of the reasoning cache.
+    """
+    rngs = (np.random.default_rng((seed, len(SPLITS) + 1, index)) for index in range(n))
+    return [_long_row(problem, lines, rng, slip, wrong)
+            for problem, rng in zip(problems(seed, 'train', n, min_steps, max_steps), rngs, strict=True)]
+
+
+def _long_row(problem: Problem, lines: int, rng: np.random.Generator, slip: float, wrong: float) -> dict[str, str]:
+    kind, done = rng.choice(3, p=(1 / 3, 1 / 2, 1 / 6)), int(rng.integers(1, len(problem.labels) + 1))
+    if kind == 0:
+        return {'prompt': problem.text, 'completion': _part(teacher_proof(problem, rng, slip), lines)}
+    begun = '\n'.join(problem.lines[:done])
+    if kind == 1:
+        summary = summary_text(problem, begun, rng, wrong)
+        proof = _part(teacher_continuation(problem, summary, rng, slip=slip), lines)
+        return {'prompt': prompts.render('derivations_continue', problem=problem.text, summary=summary), 'completion': proof}
+    start = '' if rng.random() < 1 / 3 else summary_text(problem, begun)
+    reasoning = _part(teacher_continuation(problem, start, rng, slip=slip, restart=0.0), lines)
+    asked = prompts.render('derivations_summarise', problem=problem.text, reasoning=reasoning)
+    return {'prompt': asked, 'completion': summary_text(problem, reasoning, rng, wrong)}
+
+
+def _part(proof: str, lines: int) -> str:
+    """The first lines of a proof, besides a first line that says where it begins."""
+    rows = proof.split('\n')
+    return '\n'.join(rows[: lines + rows[0].startswith('From ')])
 
 
 def sft_rows(seed: int, n: int, min_steps: int = 4, max_steps: int = 8, slip: float = 0.1) -> list[dict[str, str]]:
