@@ -1,5 +1,6 @@
 """Every config file gives a valid run, and flags can override it."""
 
+import dataclasses
 import importlib
 import pathlib
 
@@ -9,6 +10,7 @@ from ml_collections import config_flags
 from qedjax.grading import judge
 from qedjax.llm import remote
 from qedjax.model.config import validate as validate_model
+from qedjax.prompts import load
 from qedjax.rl.config import RLConfig
 from qedjax.rl.config import validate as validate_rl
 from qedjax.train.sft import SFTConfig, validate
@@ -20,10 +22,11 @@ NAMES = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / 'confi
 def test_config_is_valid_and_documented(name):
     module = importlib.import_module(f'configs.{name}')
     cfg = module.get_config()
-    assert isinstance(cfg, RLConfig if name.endswith('_rl') else SFTConfig)
-    (validate_rl if name.endswith('_rl') else validate)(cfg)
+    learns = name.endswith(('_rl', '_rc'))
+    assert isinstance(cfg, RLConfig if learns else SFTConfig)
+    (validate_rl if learns else validate)(cfg)
     validate_model(cfg.model)
-    if name.endswith('_rl') and cfg.grader == 'judge':
+    if learns and cfg.grader == 'judge':
         judge.validate(cfg.judge)
         remote.validate(cfg.judge.remote)
     assert f'configs/{name}.py' in module.__doc__  # the command
@@ -46,6 +49,16 @@ def test_qed_nano_rl_is_the_recipe():
         1e-6, 'constant', 0.0, 0.01, 0.3)
     assert (cfg.judge.remote.api, cfg.judge.remote.effort) == ('responses', 'medium')
     assert (cfg.judge.temperature, cfg.judge.max_tokens) == (1, 81_920)
+
+
+def test_qed_nano_rc_is_the_recipe():
+    cfg, rl = (importlib.import_module(f'configs.qed_nano_{name}').get_config() for name in ('rc', 'rl'))
+    chains, decoding = cfg.chains, cfg.chains.decoding
+    assert (chains.states, decoding.turns, decoding.mode, cfg.steps, cfg.groups, cfg.group_size) == (2, 3, 'replace', 25, 64, 16)
+    assert (decoding.reason.max_tokens, decoding.reason.temperature, cfg.max_tokens) == (49_152, 0.8, 49_152)
+    assert dataclasses.astuple(decoding.summarise) == (2048, 0.7, 0.8, 20)
+    assert (cfg.optimizer, cfg.objective, cfg.judge) == (rl.optimizer, rl.objective, rl.judge)
+    assert rl.problems.prompt == load(decoding.prompts.first)  # the two stages put a problem in the same words
 
 
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # of ml_collections

@@ -1,0 +1,59 @@
+"""RL with the reasoning cache on FineProofs-RL: the third stage of QED-Nano (arXiv 2604.04898).
+
+python launch/rl.py --config=configs/qed_nano_rc.py:runs/sft --workdir=/mnt/shared/rc \\
+    --config.judge.remote.base_url=http://GRADER:8000/v1 --config.chains.summariser.base_url=http://SUMMARISER:8000/v1
+
+Reference settings: chains of 3 turns of at most 49,152 tokens at temperature 0.8, summarised in at most 2,048 tokens by a frozen
+Qwen3-4B-Instruct-2507 at temperature 0.7, top-p 0.8, top-k 20; 2 states a problem, the empty one included; 16 answers a state, 64 states a
+step, about 25 steps; otherwise as configs/qed_nano_rl.py, whose departures hold here too.
+
+Where we depart from it: every turn asks for a proof, in the words in which the judge's problem is put; states are those before each of the
+three turns, so the third turn, whose summary would be read by none, is not sampled. The reference's public code has no replay buffer;
+`--config.chains.replay=2048` turns ours on.
+
+Never run by us at this size; docs/reasoning_cache.md has what was measured.
+"""
+
+from qedjax.data.sources import Source
+from qedjax.grading.judge import JudgeConfig
+from qedjax.llm.remote import RemoteConfig
+from qedjax.model.config import ModelConfig
+from qedjax.reasoning_cache.decoder import PhaseConfig, RCConfig
+from qedjax.rl.chains import ChainsConfig
+from qedjax.rl.config import EvaluationConfig, RLConfig
+from qedjax.rl.losses import ObjectiveConfig
+from qedjax.rl.problems import ProblemsConfig
+from qedjax.rollout.engine_config import EngineConfig
+from qedjax.sharding import MeshConfig
+
+COLUMNS = 'rubric=rubrics,difficulty=reward_mean'
+SUMMARISER = RemoteConfig('http://localhost:8001/v1', 'Qwen/Qwen3-4B-Instruct-2507', concurrency=256)
+
+
+def get_config(checkpoint: str = 'runs/sft') -> RLConfig:
+    return RLConfig(
+        init=checkpoint,
+        model=ModelConfig(param_dtype='float32', dtype='bfloat16', attention='splash', remat='full', paged_attention='ragged'),
+        train=Source('hub:lm-provers/FineProofs-RL', columns=COLUMNS),
+        problems=ProblemsConfig(max_prompt=768, least=0.0, most=0.99),
+        chains=ChainsConfig(2, RCConfig(3, PhaseConfig(49_152, 0.8), PhaseConfig(2048, 0.7, 0.8, 20)), summariser=SUMMARISER),
+        grader='judge',
+        judge=JudgeConfig(remote=RemoteConfig('http://localhost:8000/v1', 'openai/gpt-oss-20b', 'responses', effort='medium')),
+        group_size=16,
+        groups=64,
+        steps=25,
+        temperature=0.8,
+        max_tokens=49_152,
+        max_lag=5,
+        in_flight=64,
+        objective=ObjectiveConfig(ratio_cap=10.0),
+        mesh=MeshConfig(fsdp=16, context=4),
+        engine=EngineConfig(slots=512, staged=128, page_size=128, cache_tokens=2**22, steps=32, prefill_tokens=2048),
+        tensor=4,
+        row_length=53_248,
+        micro_rows=16,
+        evaluation=EvaluationConfig(Source('hub:lm-provers/FineProofs-RL-test', columns=COLUMNS, split='test'), every=12,
+                                    temperature=0.8, top_p=0.95, top_k=20),
+        save_every=5,
+        keep=5,
+    )
