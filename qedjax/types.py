@@ -106,6 +106,9 @@ class SamplingParams:
     deadline: float | None = None
 
 
+FAULTS = ('cancelled', 'error', 'deadline')  # finish reasons of a completion that say nothing about its text
+
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """What a language model returned for one prompt.

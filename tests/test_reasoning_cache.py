@@ -5,11 +5,14 @@ import dataclasses
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qedjax.data.chat import prompt_ids, stop_ids
+from qedjax import prompts
+from qedjax.data.chat import chat_format, prompt_ids, stop_ids
 from qedjax.llm.client import EndpointError, RequestFailed
-from qedjax.reasoning_cache.decoder import Decoder, PhaseConfig, RCConfig, Writer, call_seed, decode, validate
-from qedjax.reasoning_cache.prompts import PromptsConfig, reasoning_prompt, summary_prompt
+from qedjax.reasoning_cache.decoder import Decoder, PhaseConfig, RCConfig, Writer, call_seed, decode, longest_requests, validate
+from qedjax.reasoning_cache.prompts import RENDERINGS, PromptsConfig, reasoning_prompt, summary_prompt
 from qedjax.reasoning_cache.state import (
     REASON,
     SUMMARISE,
@@ -18,6 +21,7 @@ from qedjax.reasoning_cache.state import (
     begin,
     completion_from,
     final_part,
+    readable,
     reasoning_part,
     state_from,
     to_json,
@@ -25,7 +29,7 @@ from qedjax.reasoning_cache.state import (
 from qedjax.testing import tiny_tokenizer
 from qedjax.types import Completion
 
-PROMPTS = PromptsConfig('bare', 'derivations_continue', 'derivations_summarise')
+PROMPTS = RENDERINGS['derivations']
 CFG = RCConfig(3, PhaseConfig(40), PhaseConfig(20), prompts=PROMPTS)
 
 
@@ -104,6 +108,13 @@ def test_a_cut_last_turn_gives_an_older_answer_and_says_so():
     assert trace.answer == ('', None)
 
 
+def test_a_closing_tag_at_the_very_end_leaves_no_answer():
+    trace, model = chain(['hmm</think>', 'hmm</think>', 'hmm</think>x', 'kept</think>s', 'hmm'], thinking='open')
+    assert (trace.answers, trace.answer) == (('', 'x', ''), ('x', 1))
+    assert [[part.text for part in state.summary] for state in trace.states] == [[], [], ['s']]  # a summary is what follows its thinking
+    assert '\nhmm\n?' in model.tokenizer.decode(model.asked[1][0])
+
+
 def test_an_empty_answer_is_no_answer_and_an_empty_summary_keeps_the_old_one():
     trace, model = chain(['', 'first', 'x', '  ', 'y'])
     assert trace.answers == ('', 'x', 'y')
@@ -152,7 +163,7 @@ def test_what_is_spelled_out_stays_within_its_budget():
     """Seven bytes for a control token: a prompt is never longer than its budgets allow."""
     trace, model = chain(['</tool_response>' * 30, '<tool_response>' * 18, 'x'], dataclasses.replace(CFG, turns=2))
     bare = len(reasoning_prompt(PROMPTS, State('1 a+1 b+2'), model.tokenizer))
-    assert [len(prompt) - bare for prompt, _ in model.asked] == [0, 31 + 3, 19 + 1]
+    assert [len(prompt) - bare for prompt, _ in model.asked] == [0, 40 + 3, 20 + 1]
     assert trace.end == 'turns'
 
 
@@ -180,6 +191,33 @@ def test_a_summariser_that_fails_twice_ends_its_chain_alone_with_what_it_has():
 
     with pytest.raises(EndpointError, match='gone'):
         asyncio.run(decode(decoder(Dead(model.tokenizer, [])), [(i, begin(State('p')), i) for i in range(3)]))
+
+
+def test_a_request_that_is_refused_or_broken_off_ends_its_chain_alone():
+    class Wrong(Scripted):
+        async def complete(self, prompt, params):
+            completion = await super().complete(prompt, params)
+            if len(self.asked) not in self.bad:
+                return completion
+            if self.kind == 'refused':
+                raise ValueError('the prompt is too long')
+            return dataclasses.replace(completion, finish_reason=self.kind)
+
+    for kind, bad, calls, end in (
+            ('refused', (2,), 1, 'failed: the prompt is too long'), ('error', (2, 3), 1, 'failed: the sampler ended it: error'),
+            ('cancelled', (1, 2), 0, 'failed: the sampler ended it: cancelled'), ('error', (2,), 5, 'turns')):
+        model = Wrong(tiny_tokenizer('none'), 'abcdefg')
+        model.kind, model.bad = kind, bad
+        trace = asyncio.run(decoder(model).run(begin(State('p')), 7))
+        assert (len(trace.calls), trace.end) == (calls, end)
+
+
+def test_a_chain_that_failed_goes_on_with_the_call_that_failed():
+    failed, _ = chain(['a'], fail={1, 2})
+    assert failed.end.startswith('failed')
+    went_on, model = chain(['b', 'c', 'd', 'e'], trace=failed)
+    assert went_on == chain(['a', 'b', 'c', 'd', 'e'])[0]
+    assert model.asked[0][1].seed == call_seed(7, 0, SUMMARISE)
 
 
 def test_a_kill_between_any_two_calls_changes_nothing():
@@ -228,6 +266,79 @@ def test_another_model_summarises_in_its_own_words():
     assert trace.states[1].summary == (Sampled('s1', tuple(tokenizer.encode('s1'))),)
 
 
+def test_a_summary_that_is_longer_for_its_reader_is_cut_and_says_so():
+    """Spelled out control tokens, or words of another vocabulary, could burst the context; and no character is cut in two."""
+    cfg = dataclasses.replace(CFG, turns=2, summarise=PhaseConfig(9))
+    trace, model = chain(['a', '</think>' * 4, 'b'], cfg)
+    (part,) = trace.states[1].summary
+    assert (part.text[:8], part.cut, len(part.ids)) == ('</think>', True, 9)
+    assert tuple(part.ids) in [tuple(model.asked[2][0][i : i + 9]) for i in range(len(model.asked[2][0]))]
+    tokenizer = model.tokenizer
+    part = readable(Sampled('数数数', None), None, tokenizer, 8)
+    assert (part.text, len(part.ids), part.cut) == ('数数', 6, True)
+    assert readable(Sampled('数数', None), None, tokenizer, 6) == Sampled('数数', tuple(tokenizer.encode('数数')))
+    assert readable(Sampled('s', (1, 2)), tokenizer, tokenizer, 1) == Sampled('s', (1, 2))  # sampled ids stay
+    spent, _ = chain(['a', 'far too long a summary', 'b'], cfg)
+    assert spent.states[1].summary[0].cut
+    assert not chain(['a', 'short', 'b'], cfg)[0].states[1].summary[0].cut
+
+
+POISON = st.lists(st.sampled_from(['</think>', '<|im_end|>', '<think>', 'ab', '数', '𝔸', '\n\n', ' ', '\uf8ff']), max_size=30).map(''.join)
+
+
+@given(st.lists(POISON, min_size=7, max_size=7), st.sampled_from(['replace', 'append']), st.sampled_from(['none', 'hybrid', 'open']))
+@settings(max_examples=60, deadline=None)
+def test_no_chain_asks_more_than_was_foreseen(answers, mode, thinking):
+    cfg = dataclasses.replace(CFG, turns=4, mode=mode, reason=PhaseConfig(12), summarise=PhaseConfig(8))
+    _, model = chain(answers, cfg, thinking)
+    foreseen = longest_requests(cfg, '1 a+1 b+2', model.tokenizer, stop_ids(model.tokenizer))
+    most = {params.max_tokens: max(len(prompt) for prompt, p in foreseen if p.max_tokens == params.max_tokens) for _, params in foreseen}
+    assert all(len(prompt) <= most[params.max_tokens] for prompt, params in model.asked)
+    controls = chat_format(model.tokenizer).control
+    template = prompt_ids(model.tokenizer, [{'role': 'user', 'content': 'x'}])
+    for prompt, _ in model.asked:
+        assert len([i for i in prompt if controls.fullmatch(model.tokenizer.decode(i))]) == len(
+            [i for i in template if controls.fullmatch(model.tokenizer.decode(i))])
+
+
+def test_every_turn_is_told_to_prove():
+    """With the words that RL and SFT use; the summary is quoted after them."""
+    order = prompts.render('prove', problem='P')
+    state = State('P', (Sampled('what I know', None),), 1)
+    assert reasoning_prompt(PromptsConfig(), State('P'), None) == [{'role': 'user', 'content': order}]
+    (message,) = reasoning_prompt(PromptsConfig(), state, None)
+    assert message['content'].startswith(order + '\n')
+    assert 'what I know' in message['content']
+    summarise = summary_prompt(PromptsConfig(), state, Sampled('my thoughts', None), None)[0]['content']
+    assert all(text in summarise for text in ('P', 'what I know', 'my thoughts'))
+
+
+def test_tokens_that_cannot_be_counted_cannot_be_bounded():
+    with pytest.raises(ValueError, match='total_tokens=9 cannot be counted'):
+        Decoder(dataclasses.replace(CFG, total_tokens=9), Writer(None), Writer(None))
+
+
+def test_models_of_two_vocabularies_understand_each_other():
+    """The other tokenizer has the same words under other ids: fed with ours, it would read other letters."""
+    tokenizer, other = tiny_tokenizer('none'), tiny_tokenizer('none')
+    backend = json.loads(other.backend_tokenizer.to_str())
+    size = len(backend['model']['vocab'])
+    backend['model']['vocab'] = {word: (i + 7) % size for word, i in backend['model']['vocab'].items()}
+    other._tokenizer = type(other.backend_tokenizer).from_str(json.dumps(backend))
+    assert other.encode('the') != tokenizer.encode('the')
+    cfg = dataclasses.replace(CFG, prompts=dataclasses.replace(PROMPTS, summarise='rc_summarise'), mode='append')
+    first, second = Scripted(tokenizer, ['the first', 'the second', 'the third']), Scripted(other, ['sum 1', '', 'sum 3'])
+    decoder = Decoder(cfg, Writer(first, tokenizer, stop_ids(tokenizer)), Writer(second, other, stop_ids(other)))
+    start = State('p', (Sampled('the start', tuple(tokenizer.encode('the start'))),))
+    trace = asyncio.run(decoder.run(begin(start), 0))
+    texts = [other.decode(prompt) for prompt, _ in second.asked]
+    assert 'the start\n\nTheir' in texts[0]
+    assert 'the first' in texts[0]
+    assert 'the start\n\nsum 1' in texts[1]
+    assert tokenizer.decode(first.asked[2][0]).count('the start\n\nsum 1') == 1
+    assert trace.states[2].summary == trace.states[1].summary == (*start.summary, Sampled('sum 1', tuple(tokenizer.encode('sum 1'))))
+
+
 def test_a_remote_model_gets_messages():
     class Remote:
         async def complete(self, prompt, params):
@@ -245,7 +356,7 @@ def test_parts_of_a_completion_keep_their_ids():
     ids = tuple(tokenizer.encode('wörk 数\n</think>\n\nthe answer 𝔸', add_special_tokens=False))
     prompt = prompt_ids(tokenizer, [{'role': 'user', 'content': 'q'}])
     completion = Completion(tokenizer.decode(ids), (*ids, tokenizer.eos_token_id), (), 'stop', prompt)
-    for part, text in ((reasoning_part(completion, tokenizer), 'wörk 数'), (final_part(completion, tokenizer), 'the answer 𝔸')):
+    for part, text in ((reasoning_part(completion, tokenizer, 99), 'wörk 数'), (final_part(completion, tokenizer, 99), 'the answer 𝔸')):
         assert (part.text, tokenizer.decode(part.ids)) == (text, text)
         assert any(ids[i : i + len(part.ids)] == part.ids for i in range(len(ids)))
 
@@ -255,7 +366,7 @@ def test_both_phases_are_rendered_alike_everywhere():
     trace, model = chain(['a', 'b', 'c', 'd', 'e'])
     for state, (prompt, _) in zip(trace.states, model.asked[::2], strict=True):
         assert reasoning_prompt(PROMPTS, state_from(json.loads(json.dumps(to_json(state)))), model.tokenizer) == prompt
-    reasoning = reasoning_part(trace.calls[0].completion, model.tokenizer)
+    reasoning = reasoning_part(trace.calls[0].completion, model.tokenizer, 40)
     assert summary_prompt(PROMPTS, trace.states[0], reasoning, model.tokenizer) == model.asked[1][0]
 
 

@@ -1,4 +1,10 @@
-"""The prompts of a chain, the same ones for decoding and for training: a template's text around the very ids that were sampled."""
+"""The prompts of a chain, the same ones for decoding and for training: a template's text around the very ids that were sampled.
+
+The pieces of text around a sampled part are encoded apart from it, and its ids stand between them as they were drawn. Text is encoded
+anew only where no ids could stand: a remote endpoint returns none; another model's belong to another vocabulary; control tokens
+(<|im_end|>, </think>) in a part would end the message or its thinking, so that part is spelled out; and where thinking closes in the
+middle of an id, the part has no ids of its own. In mode 'append' the parts keep their ids, and what joins them is encoded by itself.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,6 +34,11 @@ class PromptsConfig:
     later: str = 'rc_continue'
     summarise: str = 'rc_summarise'
     thinking: bool | None = None
+
+
+# Two sets: of proofs, and of data/derivations.py, where a turn is asked the problem and, in a second line, the summary; a summary is asked
+# for by a question mark below problem and reasoning. The last spend no token on instructions: a tiny model has none to spare.
+RENDERINGS = {'proof': PromptsConfig(), 'derivations': PromptsConfig('bare', 'derivations_continue', 'derivations_summarise')}
 
 
 def validate(cfg: PromptsConfig) -> None:

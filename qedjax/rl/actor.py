@@ -10,9 +10,7 @@ from qedjax.grading.grade import Graded
 from qedjax.grading.grader import Grader
 from qedjax.llm.client import LanguageModel, gather
 from qedjax.rl.problems import Problem
-from qedjax.types import Group, Rollout, SamplingParams
-
-FAULTS = ('cancelled', 'error', 'deadline')  # finish reasons that say nothing about the answer
+from qedjax.types import FAULTS, Group, Rollout, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)

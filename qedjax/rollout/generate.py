@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import jax
+from jax.sharding import Mesh
 
 from qedjax.checkpoint.load import load_model, load_tokenizer, read_generation_config, resolve_config
 from qedjax.data.chat import num_valid_ids, prompt_ids, stop_ids, thought_of
@@ -30,21 +31,21 @@ def generate_file(checkpoint: str, input_path: str, output_path: str, params: Sa
     Raises ValueError for a missing or wrong file, row, size or checkpoint, and OSError for an output that cannot be written, before
     weights are read and anything is compiled; the output appears when it is whole.
     """
-    rows = _read(input_path)
+    rows = read_input(input_path, 'completions')
     if n < 1:
         raise ValueError(f'n must be at least 1, not {n}')
-    kernel = 'ragged' if jax.default_backend() == 'tpu' else 'xla'
-    cfg = resolve_config(checkpoint, ModelConfig(param_dtype=dtype, dtype=dtype, remat='none', paged_attention=kernel))
+    cfg = sampler_config(checkpoint, dtype)
     tokenizer = load_tokenizer(checkpoint)
     num_valid = num_valid_ids(tokenizer)
     prompts = [_encode(i, row, tokenizer, thinking) for i, row in enumerate(rows, 1)]
     params = dataclasses.replace(params, stop_ids=stop_ids(tokenizer, read_generation_config(checkpoint)))
     mesh = rollout_mesh_of_all(tensor)
-    config = _sizes(engine_config or EngineConfig(), cfg, mesh, prompts, params)
+    longest = max(map(len, prompts)) + (params.max_tokens or cfg.max_positions)
+    config = fitted(engine_config or EngineConfig(), cfg, mesh, longest)
     limits = limits_of(config, cfg, num_valid, mesh.shape['data'])
     for i, prompt in enumerate(prompts, 1):
         check_request(prompt, params, limits, f'the prompt of input row {i}')
-    with _whole(pathlib.Path(output_path)) as file:
+    with whole_file(pathlib.Path(output_path)) as file:
         engine = Engine(load_model(checkpoint, mesh, cfg), mesh, config, num_valid, tokenizer, donate=True)
         progress = Progress('generate', len(prompts) * n)
         requests = [prompt for prompt in prompts for _ in range(n)]
@@ -54,10 +55,15 @@ def generate_file(checkpoint: str, input_path: str, output_path: str, params: Sa
             file.write(json.dumps(row | {'completions': completions[i * n : (i + 1) * n]}, ensure_ascii=False) + '\n')
 
 
-def _sizes(config: EngineConfig, cfg: ModelConfig, mesh, prompts: Sequence[Sequence[int]], params: SamplingParams) -> EngineConfig:
-    """The engine's sizes for this input: whole rows for every shard, and a max_length no longer than the input can use."""
+def sampler_config(checkpoint: str, dtype: str) -> ModelConfig:
+    """Config of a checkpoint's model for sampling."""
+    kernel = 'ragged' if jax.default_backend() == 'tpu' else 'xla'
+    return resolve_config(checkpoint, ModelConfig(param_dtype=dtype, dtype=dtype, remat='none', paged_attention=kernel))
+
+
+def fitted(config: EngineConfig, cfg: ModelConfig, mesh: Mesh, longest: int) -> EngineConfig:
+    """The engine's sizes: whole rows for every shard, and without a max_length one for `longest` positions, if the model has them."""
     shards = mesh.shape['data']
-    longest = max(map(len, prompts)) + (params.max_tokens or cfg.max_positions)
     config = dataclasses.replace(config, slots=-(-config.slots // shards) * shards, staged=-(-config.staged // shards) * shards,
                                  max_length=config.max_length or min(longest, cfg.max_positions))
     validate(config, shards, cfg)
@@ -65,7 +71,7 @@ def _sizes(config: EngineConfig, cfg: ModelConfig, mesh, prompts: Sequence[Seque
 
 
 @contextlib.contextmanager
-def _whole(path: pathlib.Path) -> Iterator[TextIO]:
+def whole_file(path: pathlib.Path) -> Iterator[TextIO]:
     """A file under another name that gets its own at the end; opened at once, so that a path that cannot be written costs no sampling."""
     if path.exists():
         raise ValueError(f'{path} already exists; delete it or name another --output')
@@ -79,18 +85,19 @@ def _whole(path: pathlib.Path) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
 
 
-def _read(path: str) -> list[dict[str, Any]]:
+def read_input(path: str, added: str) -> list[dict[str, Any]]:
+    """Rows of a JSONL file of prompts, none of which has the column that is to be added. Raises ValueError for what is wrong, and where."""
     if not pathlib.Path(path).is_file():
         raise ValueError(f'{path} does not exist; --input names a JSONL file with prompt or messages in each row')
     # Not splitlines(): it would also cut at characters such as U+2028, which JSON strings may hold.
     lines = enumerate(pathlib.Path(path).read_bytes().split(b'\n'), 1)
-    rows = [_parse(line, f'{path}:{number}') for number, line in lines if line.strip()]
+    rows = [_parse(line, f'{path}:{number}', added) for number, line in lines if line.strip()]
     if not rows:
         raise ValueError(f'{path} holds no rows')
     return rows
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse(line: bytes, where: str, added: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written back
@@ -98,8 +105,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f'{where} is not JSON in UTF-8 ({error})') from error
     if not isinstance(row, dict) or not (isinstance(row.get('prompt'), str) or isinstance(row.get('messages'), list)):
         raise ValueError(f'{where} needs `prompt` (text) or `messages` (list)')
-    if 'completions' in row:
-        raise ValueError(f'{where} has `completions` already, which would be lost; rename that column')
+    if added in row:
+        raise ValueError(f'{where} has `{added}` already, which would be lost; rename that column')
     return row
 
 
