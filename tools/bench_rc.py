@@ -72,7 +72,8 @@ def measure(engine: Engine, together: bool) -> tuple[list[Trace], dict[str, floa
     start = time.perf_counter()
     traces = asyncio.run(main())
     seconds, stats = time.perf_counter() - start, engine.stats
-    return traces, {'utilisation': stats.row_steps / stats.slot_steps, 'steps': stats.slot_steps / engine.config.slots, 'drawn': stats.tokens,
+    steps = stats.slot_steps / engine.config.slots
+    return traces, {'utilisation': stats.row_steps / stats.slot_steps, 'steps': steps, 'drawn': stats.tokens,
                     'prefilled': stats.prefill_tokens, 'seconds': seconds}
 
 
