@@ -1,4 +1,4 @@
-"""launch/rl.py as a process: killed three times with SIGKILL, it ends with the same bits as a run that was never killed."""
+"""launch/rl.py as a process, also from chains: killed three times with SIGKILL, it ends with the bits of a run that was never killed."""
 
 import json
 import os
@@ -24,23 +24,26 @@ SMALL = ('--config.groups=2', '--config.group_size=2', '--config.steps=6', '--co
          '--config.objective.zero_variance=keep', '--config.objective.entropy_coef=0.1', '--config.micro_rows=1',
          '--config.engine.slots=4', '--config.engine.staged=4', '--config.engine.prefill_tokens=256',
          '--config.optimizer.learning_rate=1e-2')
+CHAINS = ('--config.chains.decoding.turns=2', '--config.chains.decoding.reason.max_tokens=16',
+          '--config.chains.decoding.summarise.max_tokens=4')
 
 
 @pytest.fixture
 def folder(tmp_path):
     """As a quickstart leaves it, but for a policy that has learnt nothing: its reward is 0, so its entropy moves it."""
     model = create(lambda: Transformer(tiny_config(init_std=0.1), jax.random.key(0)), make_mesh(MeshConfig(), jax.devices()[:1]))
-    save_hf(model, tmp_path / 'sft')
-    tiny_tokenizer('none').save_pretrained(tmp_path / 'sft')
     (tmp_path / 'data').mkdir()
-    rows = [{'problem': p.text} for p in problems(0, 'train', 8)]
-    (tmp_path / 'data' / 'problems.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    for stage, name in (('sft', 'problems'), ('rl', 'long_problems')):
+        save_hf(model, tmp_path / stage)
+        tiny_tokenizer('none').save_pretrained(tmp_path / stage)
+        rows = [{'problem': p.text} for p in problems(0, 'train', 8)]
+        (tmp_path / 'data' / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return tmp_path
 
 
-def start(folder, workdir):
+def start(folder, workdir, config, flags):
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
-    command = [sys.executable, str(ROOT / 'launch/rl.py'), f'--config=configs/derivations_rl.py:{folder}', f'--workdir={workdir}', *SMALL]
+    command = [sys.executable, str(ROOT / 'launch/rl.py'), f'--config=configs/{config}.py:{folder}', f'--workdir={workdir}', *SMALL, *flags]
     return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -50,18 +53,19 @@ def finish(process):
 
 
 @pytest.mark.multiprocess
-def test_killed_three_times_it_ends_with_the_same_bits(folder):
-    finish(start(folder, folder / 'whole'))
+@pytest.mark.parametrize(('config', 'flags'), [('derivations_rl', ()), ('derivations_rc', CHAINS)])
+def test_killed_three_times_it_ends_with_the_same_bits(folder, config, flags):
+    finish(start(folder, folder / 'whole', config, flags))
     metrics = folder / 'cut' / 'metrics.jsonl'
     for step in (1, 3, 4):
-        process, deadline = start(folder, folder / 'cut'), time.monotonic() + 200
+        process, deadline = start(folder, folder / 'cut', config, flags), time.monotonic() + 200
         while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    finish(start(folder, folder / 'cut'))
+    finish(start(folder, folder / 'cut', config, flags))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     models = [load_model(folder / name, mesh, saved_config(folder / name)) for name in ('whole', 'cut')]
     for a, b in zip(*map(jax.tree.leaves, models), strict=True):
