@@ -27,7 +27,7 @@ from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
 from qedjax.reasoning_cache import curve as curves_of
 from qedjax.reasoning_cache.decoder import Decoder, PhaseConfig, RCConfig, Writer, decode
-from qedjax.reasoning_cache.prompts import PromptsConfig
+from qedjax.reasoning_cache.prompts import RENDERINGS
 from qedjax.reasoning_cache.state import State, Trace, begin
 from qedjax.rl import loop
 from qedjax.rl.chains import ChainsConfig
@@ -42,19 +42,19 @@ from qedjax.train.optimizer import OptimizerConfig
 from qedjax.train.sft import SFTConfig, train
 from qedjax.types import Completion, SamplingParams
 
-SHORT, LONG = (4, 8), (16, 32)  # steps of a problem: what one answer can hold, and what takes several turns
-LINES = 5  # that the teacher writes at a time on long problems
-MAX_TOKENS = 80  # of an answer: up to nine lines
+SHORT, LONG = (3, 6), (12, 20)  # steps of a problem: what one answer can hold, and what takes several turns
+LINES = 4  # that the teacher writes at a time on long problems
+MAX_TOKENS = 64  # of an answer: up to seven lines
 DECODING = RCConfig(16, PhaseConfig(MAX_TOKENS, 1.0), PhaseConfig(8, 1.0),
-                    prompts=PromptsConfig('bare', 'derivations_continue', 'derivations_summarise'))
+                    prompts=RENDERINGS['derivations'])
 
 
 RL = RLConfig(
-    model=ModelConfig(dtype='float32', attention_block=256, remat='none'), grader='derivations', problems=ProblemsConfig(max_prompt=160),
+    model=ModelConfig(dtype='float32', attention_block=256, remat='none'), grader='derivations', problems=ProblemsConfig(max_prompt=112),
     group_size=8, groups=16, steps=40, temperature=1.0, max_tokens=MAX_TOKENS, row_length=256, micro_rows=8, save_every=10,
     objective=ObjectiveConfig(zero_variance='refill'), engine=EngineConfig(slots=32, staged=32, prefill_tokens=2048),
     optimizer=OptimizerConfig(learning_rate=3e-4, schedule='constant', warmup_fraction=0.0, b2=0.98, clip_norm=0.3))
-CHAINS = ChainsConfig(2, dataclasses.replace(DECODING, turns=3), replay=96, horizon=8)
+CHAINS = ChainsConfig(2, dataclasses.replace(DECODING, turns=2), replay=96, horizon=6)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -71,8 +71,8 @@ class QuickstartConfig:
       seed: of everything.
     """
 
-    documents: int = 6_000
-    long_documents: int = 6_000
+    documents: int = 8_000
+    long_documents: int = 8_000
     slip: float = 0.1
     problems: int = 128
     long_problems: int = 64

@@ -7,6 +7,7 @@ import pytest
 from test_rl_loop import Slow, Vowels, assert_equal, config, policy, rows_of, train  # noqa: F401
 
 from qedjax.data.chat import prompt_ids
+from qedjax.llm.client import EndpointError
 from qedjax.llm.remote import RemoteConfig
 from qedjax.reasoning_cache.decoder import PhaseConfig, RCConfig
 from qedjax.reasoning_cache.prompts import PromptsConfig
@@ -102,6 +103,19 @@ def test_another_model_may_summarise(policy, tmp_path):  # noqa: F811
         assert len(server.calls) >= 4 * 3
     summaries = {row['summary'] for row in rows_of(tmp_path, 'samples')}
     assert summaries - {''} <= {f'sum {digit}' for digit in range(4)}
+
+
+def test_a_summariser_that_is_gone_stops_the_run_with_its_state_saved(policy, tmp_path):  # noqa: F811
+    """One failure costs a chain its later states; many in a row are no way to train."""
+    down = (503, {}, {'error': {'message': 'down'}})
+    with ScriptedServer(lambda number, body: 'sum' if number < 4 or number == 5 else down) as server:
+        summariser = RemoteConfig(server.base_url, 'summariser', attempts=1, first_wait=0.01)
+        chains = dataclasses.replace(CHAINS, summariser=summariser, replay=0, decoding=dataclasses.replace(DECODING, tries=1))
+        with pytest.raises(EndpointError, match=r'20 chains in a row failed: .*503'):
+            train(chained(policy, steps=40, chains=chains, save_every=100), tmp_path)
+    steps = [row['step'] for row in rows_of(tmp_path)]
+    assert len(steps) > 3
+    assert (tmp_path / 'checkpoints' / str(steps[-1]) / 'manifest.json').exists()
 
 
 def test_solved_problems_are_passed_over(policy, tmp_path):  # noqa: F811

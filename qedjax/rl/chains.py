@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 
 from qedjax.llm import remote
-from qedjax.llm.client import gather
+from qedjax.llm.client import EndpointError, gather
 from qedjax.llm.local import LocalEndpoint
 from qedjax.llm.remote import RemoteConfig, RemoteEndpoint
 from qedjax.reasoning_cache import decoder
 from qedjax.reasoning_cache.decoder import Decoder, RCConfig, Writer
-from qedjax.reasoning_cache.prompts import reasoning_prompt, summary_prompt
-from qedjax.reasoning_cache.state import SUMMARISE, Sampled, State, Trace, begin
+from qedjax.reasoning_cache.prompts import reasoning_prompt
+from qedjax.reasoning_cache.state import SUMMARISE, State, Trace, begin
 from qedjax.reasoning_cache.states import Difficulty, ReplayBuffer, Stored, sample_states
 from qedjax.rl.problems import Problem
 from qedjax.rl.together import all_at_once
+
+BREAKER = 20  # chains in a row that fail before the run stops
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -62,11 +64,9 @@ def validate(cfg: ChainsConfig) -> None:
 
 def longest(cfg: ChainsConfig, problem: str, tokenizer: Any) -> tuple[int, int]:
     """Tokens of the longest prompt that a turn on this problem may reason from, and may be summarised from."""
-    most = cfg.decoding.turns if cfg.decoding.mode == 'append' else 1
-    state = State(problem, (Sampled('summary', (0,) * cfg.decoding.summarise.max_tokens),) * most)
-    reasoning = Sampled('reasoning', (0,) * cfg.decoding.reason.max_tokens)
-    prompts = cfg.decoding.prompts
-    return len(reasoning_prompt(prompts, state, tokenizer)), len(summary_prompt(prompts, state, reasoning, tokenizer))
+    decoding = dataclasses.replace(cfg.decoding, turns=max(cfg.decoding.turns, 2))  # a chain of one turn may begin with a stored summary
+    _, reason, summarise = (len(prompt) for prompt, _ in decoder.longest_requests(decoding, problem, tokenizer, ()))
+    return reason, summarise
 
 
 class Chains:
@@ -74,7 +74,7 @@ class Chains:
 
     def __init__(self, cfg: ChainsConfig, endpoint: LocalEndpoint, tokenizer: Any, stops: tuple[int, ...], seed: int,
                  problems: Sequence[Problem]):
-        self.cfg, self.replay = cfg, ReplayBuffer(cfg.replay, cfg.horizon)
+        self.cfg, self.replay, self.failures = cfg, ReplayBuffer(cfg.replay, cfg.horizon), 0
         self.difficulty = Difficulty(cfg.least, cfg.most)
         self._endpoint, self._problems, self._seed, self._tokenizer = endpoint, problems, seed, tokenizer
         self._remote = RemoteEndpoint(cfg.summariser) if cfg.summariser.base_url else None
@@ -122,11 +122,20 @@ class Chains:
 
     def _end(self, number: int, draw: int, trace: Trace) -> list[Problem]:
         """Stores the summaries of a chain, and makes prompts of some of its states."""
+        self._heed(trace)
         written = [call.completion for call in trace.calls if call.phase == SUMMARISE]
         versions = [max((version for version, _ in c.versions), default=0) for c in written]
-        self.replay.add(number, [Stored(*pair) for pair in zip(trace.states[1:], versions, strict=True)])
+        if written:
+            self.replay.add(number, [Stored(*pair) for pair in zip(trace.states[1:], versions, strict=True)])
         chosen = sample_states(trace.states[: self.cfg.decoding.turns], self.cfg.states, (self._seed, draw, 3))
         return [self._prompt(number, state) for state in chosen]
+
+    def _heed(self, trace: Trace) -> None:
+        """Counts chains that failed. One does no harm: its states until then are trained; but a run must not go on without summaries."""
+        failed = trace.end.startswith('failed')
+        self.failures = self.failures + 1 if failed else 0
+        if self.failures >= BREAKER:
+            raise EndpointError(f'{self.failures} chains in a row {trace.end}; see to the summariser and start the run again: it goes on')
 
     def _prompt(self, number: int, state: State) -> Problem:
         ids = reasoning_prompt(self.cfg.decoding.prompts, state, self._tokenizer)
