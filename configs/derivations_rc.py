@@ -1,4 +1,4 @@
-"""RL from states of the reasoning cache, of the quickstart's model, on derivations of 12 to 20 steps: the RC stage, to play with.
+"""RL from states of the reasoning cache, of the quickstart's model, on derivations of 9 to 14 steps: the RC stage, to play with.
 
 python launch/quickstart.py --workdir=runs/quickstart
 python launch/rl.py --config=configs/derivations_rc.py:runs/quickstart --workdir=runs/rc

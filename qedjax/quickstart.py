@@ -42,9 +42,9 @@ from qedjax.train.optimizer import OptimizerConfig
 from qedjax.train.sft import SFTConfig, train
 from qedjax.types import Completion, SamplingParams
 
-SHORT, LONG = (3, 6), (12, 20)  # steps of a problem: what one answer can hold, and what takes several turns
-LINES = 4  # that the teacher writes at a time on long problems
-MAX_TOKENS = 64  # of an answer: up to seven lines
+SHORT, LONG = (4, 8), (9, 14)  # steps of a problem: what the teacher proves in one answer, and what it proves in several
+LINES = (2, 4)  # that the teacher writes at a time on long problems
+MAX_TOKENS = 80  # of an answer: up to nine lines
 DECODING = RCConfig(16, PhaseConfig(MAX_TOKENS, 1.0), PhaseConfig(8, 1.0),
                     prompts=RENDERINGS['derivations'])
 
@@ -71,8 +71,8 @@ class QuickstartConfig:
       seed: of everything.
     """
 
-    documents: int = 8_000
-    long_documents: int = 8_000
+    documents: int = 9_000
+    long_documents: int = 6_000
     slip: float = 0.1
     problems: int = 128
     long_problems: int = 64

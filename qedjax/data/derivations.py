@@ -181,15 +181,15 @@ def summary_text(problem: Problem, proof: str, rng: np.random.Generator | None =
 
 
 def long_rows(
-    seed: int, n: int, min_steps: int, max_steps: int, lines: int, *, slip: float = 0.1, wrong: float = 0.03
+    seed: int, n: int, min_steps: int, max_steps: int, lines: tuple[int, int], *, slip: float = 0.1, wrong: float = 0.03
 ) -> list[dict[str, str]]:
-    """n training rows on chains too long for one answer, in which the teacher writes `lines` steps at a time.
+    """n training rows on chains of which the teacher writes a few steps at a time, uniformly as many as `lines` bounds.
 
     A third begin a proof, a half continue one from a summary, with the faults of teacher_continuation, and the others summarise a part
     of a proof. One summary in 1 / wrong has the wrong digit, also those that are continued. Prompts are those of the reasoning cache.
     """
     rngs = (np.random.default_rng((seed, len(SPLITS) + 1, index)) for index in range(n))
-    return [_long_row(problem, lines, rng, slip, wrong)
+    return [_long_row(problem, int(rng.integers(lines[0], lines[1] + 1)), rng, slip, wrong)
             for problem, rng in zip(problems(seed, 'train', n, min_steps, max_steps), rngs, strict=True)]
 
 
