@@ -71,8 +71,8 @@ class QuickstartConfig:
       seed: of everything.
     """
 
-    documents: int = 9_000
-    long_documents: int = 6_000
+    documents: int = 8_000
+    long_documents: int = 9_000
     slip: float = 0.1
     problems: int = 128
     long_problems: int = 64

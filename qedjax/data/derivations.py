@@ -185,7 +185,7 @@ def long_rows(
 ) -> list[dict[str, str]]:
     """n training rows on chains of which the teacher writes a few steps at a time, uniformly as many as `lines` bounds.
 
-    A third begin a proof, a half continue one from a summary, with the faults of teacher_continuation, and the others summarise a part
+    A quarter begin a proof, a third continue one from a summary, with the faults of teacher_continuation, and the others summarise a part
     of a proof. One summary in 1 / wrong has the wrong digit, also those that are continued. Prompts are those of the reasoning cache.
     """
     rngs = (np.random.default_rng((seed, len(SPLITS) + 1, index)) for index in range(n))
@@ -194,7 +194,7 @@ def long_rows(
 
 
 def _long_row(problem: Problem, lines: int, rng: np.random.Generator, slip: float, wrong: float) -> dict[str, str]:
-    kind, done = rng.choice(3, p=(1 / 3, 1 / 2, 1 / 6)), int(rng.integers(1, len(problem.labels) + 1))
+    kind, done = rng.choice(3, p=(1 / 4, 1 / 3, 5 / 12)), int(rng.integers(1, len(problem.labels) + 1))
     if kind == 0:
         return {'prompt': problem.text, 'completion': _part(teacher_proof(problem, rng, slip), lines)}
     begun = '\n'.join(problem.lines[:done])
