@@ -198,12 +198,17 @@ def sample_proofs(engine: Engine, tokenizer, chosen: Sequence[Problem], seed: in
     return engine.generate(prompts, [dataclasses.replace(params, sample=i) for i in range(len(prompts))])
 
 
+async def finished(_: str, answer: str) -> bool:
+    """Whether a proof has come to its end, right or wrong: there is nothing to go on with."""
+    return answer.rstrip().rpartition('\n')[2].startswith('Answer: ')
+
+
 def decode_chains(engine: Engine, tokenizer, chosen: Sequence[Problem], turns: int, seed: int) -> list[Trace]:
-    """A chain of turns on each problem."""
+    """A chain of turns on each problem; it ends when its proof does."""
     async def main() -> list[Trace]:
         async with LocalEndpoint(engine) as endpoint:
             writer = Writer(endpoint, tokenizer, stop_ids(tokenizer))
-            decoder = Decoder(dataclasses.replace(DECODING, turns=turns), writer, writer)
+            decoder = Decoder(dataclasses.replace(DECODING, turns=turns), writer, writer, check=finished)
             seeds = np.random.SeedSequence(seed).generate_state(len(chosen)).tolist()
             return await decode(decoder, [(i, begin(State(p.text)), s) for i, (p, s) in enumerate(zip(chosen, seeds, strict=True))])
 
