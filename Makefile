@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 # Workers of the test run; each compiles on its own.
 JOBS ?= 2
 
-.PHONY: demo test test-fast test-all lint parity clean
+.PHONY: demo test test-all lint parity clean
 
 demo: $(VENV)/.installed
 	rm -rf runs/quickstart
 	$(BIN)/python launch/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not real and not parity and not tpu_aot and not multiprocess"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not real and not parity and not tpu_aot and not multiprocess"
 
 # Everything but the comparison with torch.
 test-all: $(VENV)/.installed-test lint

@@ -25,6 +25,7 @@ def chained(policy, **changes):  # noqa: F811
     return config(policy, **{'chains': CHAINS, 'groups': 4, 'steps': 4, 'row_length': 96, **changes})
 
 
+@pytest.mark.slow
 def test_synchronous_runs_are_equal_bit_by_bit_and_resume_exactly(policy, tmp_path, monkeypatch):  # noqa: F811
     """Whatever order grades come in, the buffer of summaries included."""
     whole = train(chained(policy), tmp_path / 'whole')
@@ -84,6 +85,7 @@ def test_in_flight_chains_and_groups_share_the_engine(policy, tmp_path):  # noqa
     assert max(row['lag_max'] for row in steps) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('replay', [4, 0])
 def test_replay_reaches_later_turns(policy, tmp_path, replay):  # noqa: F811
     """16 problems for 3 epochs and more: with a buffer for all, chains begin where earlier ones ended."""

@@ -139,6 +139,7 @@ def test_steps_that_are_not_finite_or_weightless_change_only_counters(batches):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after))
 
 
+@pytest.mark.slow
 def test_parameters_move_at_the_recipes_learning_rate(batches):
     """1e-6 under AdamW: float32 masters all move; bfloat16 ones move in proportion, by stochastic rounding alone."""
     optimizer = OptimizerConfig(learning_rate=1e-6, schedule='constant', warmup_fraction=0)
