@@ -14,6 +14,7 @@ from qedjax.reasoning_cache.prompts import PromptsConfig
 from qedjax.rl import loop
 from qedjax.rl.chains import ChainsConfig
 from qedjax.rl.config import validate
+from qedjax.rl.problems import ProblemsConfig
 from qedjax.testing import ScriptedServer, tiny_tokenizer
 
 PROMPTS = PromptsConfig('bare', 'derivations_continue', 'derivations_summarise')
@@ -140,6 +141,11 @@ def test_solved_problems_are_passed_over(policy, tmp_path):  # noqa: F811
 def test_chains_that_cannot_be_trained_from_are_refused(policy, changes, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
         validate(chained(policy, chains=dataclasses.replace(CHAINS, **changes)))
+
+
+def test_a_problem_is_put_in_one_way_alone(policy):  # noqa: F811
+    with pytest.raises(ValueError, match='leave problems.prompt and problems.thinking alone'):
+        validate(chained(policy, problems=ProblemsConfig(prompt='Prove: {problem}', max_prompt=24)))
 
 
 def test_a_state_that_does_not_fit_a_row_is_refused_at_once(policy, tmp_path):  # noqa: F811
