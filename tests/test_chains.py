@@ -144,7 +144,7 @@ def test_chains_that_cannot_be_trained_from_are_refused(policy, changes, message
 
 
 def test_a_problem_is_put_in_one_way_alone(policy):  # noqa: F811
-    with pytest.raises(ValueError, match='leave problems.prompt and problems.thinking alone'):
+    with pytest.raises(ValueError, match=r'leave problems\.prompt and problems\.thinking alone'):
         validate(chained(policy, problems=ProblemsConfig(prompt='Prove: {problem}', max_prompt=24)))
 
 

@@ -101,8 +101,8 @@ def validate(cfg: RLConfig) -> None:
     problem_settings.validate(cfg.problems)
     chain_settings.validate(cfg.chains)
     if cfg.chains.states and (cfg.problems.prompt, cfg.problems.thinking) != ('{problem}', None):
-        raise ValueError('with chains, a problem is put as the first turn of a chain: leave problems.prompt and problems.thinking alone and '
-                         'set chains.decoding.prompts')
+        raise ValueError('with chains, a problem is put as the first turn of a chain: leave problems.prompt and problems.thinking alone '
+                         'and set chains.decoding.prompts')
     if not cfg.init or not cfg.train.path:
         raise ValueError('RL needs a policy and problems: set --config.init to a checkpoint and --config.train.path to a file of problems')
     if cfg.grader not in GRADERS:
