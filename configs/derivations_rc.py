@@ -1,14 +1,14 @@
-"""RL from states of the reasoning cache, on derivations of 9 to 14 steps: the last stage of launch/rc_toy.py, to play with.
+"""RL from states of the reasoning cache, on derivations too long for one answer: the RC stage of the quickstart, to play with.
 
-python launch/rc_toy.py --workdir=runs/rc_toy
-python launch/rl.py --config=configs/derivations_rc.py:runs/rc_toy --workdir=runs/rc
+python launch/quickstart.py --workdir=runs/quickstart
+python launch/rl.py --config=configs/derivations_rc.py:runs/quickstart --workdir=runs/rc
 
 Two CPU cores; docs/reasoning_cache.md has what it brings.
 """
 
-from qedjax.rc_toy import ToyConfig, rc_config
+from qedjax.quickstart import QuickstartConfig, rc_config
 from qedjax.rl.config import RLConfig
 
 
-def get_config(folder: str = 'runs/rc_toy') -> RLConfig:
-    return rc_config(ToyConfig(), folder)
+def get_config(folder: str = 'runs/quickstart') -> RLConfig:
+    return rc_config(QuickstartConfig(), folder)

@@ -1,8 +1,8 @@
-"""The whole recipe in small, on an embedded family of problems: data, SFT, sampling, grading, export, verification.
+"""The whole recipe in small, on an embedded family of problems: data, SFT, RL, RL with the reasoning cache, curves over turns, export.
 
 python launch/quickstart.py --workdir=runs/quickstart
 
-Needs no GPU, no network and no data: a few minutes on two cores. Started again after an interruption, it goes on where it was.
+Needs no GPU, no network and no data: some ten minutes on two cores. Started again after an interruption, it goes on where it was.
 """
 
 from absl import flags

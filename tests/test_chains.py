@@ -11,11 +11,14 @@ from qedjax.llm.client import EndpointError
 from qedjax.llm.remote import RemoteConfig
 from qedjax.reasoning_cache.decoder import PhaseConfig, RCConfig
 from qedjax.reasoning_cache.prompts import PromptsConfig
+from qedjax.reasoning_cache.state import Sampled, State, advance, begin
+from qedjax.reasoning_cache.states import Stored
 from qedjax.rl import loop
-from qedjax.rl.chains import ChainsConfig
+from qedjax.rl.chains import Chains, ChainsConfig
 from qedjax.rl.config import validate
-from qedjax.rl.problems import ProblemsConfig
+from qedjax.rl.problems import Problem, ProblemsConfig
 from qedjax.testing import ScriptedServer, tiny_tokenizer
+from qedjax.types import Completion
 
 PROMPTS = PromptsConfig('bare', 'derivations_continue', 'derivations_summarise')
 DECODING = RCConfig(3, PhaseConfig(10, 0.9), PhaseConfig(6, 0.9), prompts=PROMPTS)
@@ -97,6 +100,17 @@ def test_replay_reaches_later_turns(policy, tmp_path, replay):  # noqa: F811
     manifest = json.loads((tmp_path / 'checkpoints' / '10' / 'manifest.json').read_text())
     stored = manifest['metadata']['position']['chains']['replay']
     assert len(stored) == (16 if replay else 0)
+
+
+def test_a_kept_summary_keeps_the_version_that_wrote_it():
+    """An empty summary leaves the old one, which is no newer for that."""
+    start, tokenizer = Stored(State('3 a+4', (Sampled('a=7', (1,)),), 1), 5), tiny_tokenizer('none')
+    chains = Chains(CHAINS, None, tokenizer, (), 0, [Problem((1,), {'problem': '3 a+4'})])
+    trace = begin(start.state)
+    for text, version in (('a 3+4=7', 8), ('', 8), ('a 3+4=7', 9), ('a=7', 9)):
+        trace = advance(trace, Completion(text, tuple(tokenizer.encode(text)), (), 'stop', versions=((version, 1),)), tokenizer, tokenizer, 6)
+    chains._end(0, 0, start.version, trace)
+    assert [(entry.state.turn, entry.version) for entry in chains.replay.stored[0]] == [(2, 5), (3, 9)]
 
 
 def test_another_model_may_summarise(policy, tmp_path):  # noqa: F811

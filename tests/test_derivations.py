@@ -13,6 +13,7 @@ from qedjax.data.derivations import (
     MAX_STEPS,
     Problem,
     apply,
+    chain_rows,
     make_problem,
     parse_problem,
     problems,
@@ -73,11 +74,11 @@ def test_splits_share_no_chain_under_any_labels():
     assert chains['train'].isdisjoint(chains['held_out'])
 
 
-def test_every_length_start_label_and_digit_occurs():
+def test_every_length_start_and_digit_occurs_and_labels_are_in_order():
     chains = problems(0, 'train', 1500, 4, 8)
     assert {len(p.operations) for p in chains} == {4, 5, 6, 7, 8}
     assert {p.start for p in chains} == set(range(10))
-    assert {p.labels[0] for p in chains} == set(LABELS)
+    assert all(p.labels == LABELS[: len(p.operations)] for p in chains)
     shares = np.bincount([value for p in chains for value in p.values]) / sum(len(p.values) for p in chains)
     np.testing.assert_allclose(shares, 0.1, atol=0.01)
 
@@ -134,6 +135,30 @@ def test_sft_rows_are_training_problems_with_slips():
     right = [row['completion'] == problem.proof for row, problem in zip(rows, chains, strict=True)]
     assert np.mean(right) == pytest.approx(np.mean([0.9**k for k in range(4, 9)]), abs=0.1)
     assert all(row['completion'] == parse_problem(row['prompt']).proof for row in sft_rows(0, 50, slip=0))
+
+
+def test_chain_rows_prove_continue_and_summarise_what_a_budget_leaves():
+    rows = chain_rows(0, 3000, 2, 8, 26, slip=0.0, wrong=0.2)
+    texts = {problem.text: problem for problem in problems(0, 'train', 3000, 2, 8)}
+    kinds = {'prove': 0, 'continue': 0, 'summarise': 0, 'wrong': 0}
+    for row in rows:
+        text, *rest = row['prompt'].split('\n')
+        problem = texts[text]
+        kind = 'prove' if not rest else 'continue' if len(rest) == 1 else 'summarise'
+        kinds[kind] += 1
+        if kind == 'prove':
+            assert row['completion'] == problem.proof
+        if kind == 'summarise':
+            assert rest[-1] == '?'
+            assert len(reasoning := '\n'.join(rest[:-1])) <= 26
+            true = summary_text(problem, reasoning)
+            assert row['completion'][0] == true[0]
+            kinds['wrong'] += row['completion'] != true
+        elif kind == 'continue':
+            assert row['completion'].startswith((f'From {rest[0]}\n', problem.lines[0]))
+            assert '\nAnswer: ' in row['completion']
+    assert [kinds[k] / 3000 for k in ('prove', 'continue', 'summarise')] == pytest.approx([0.3, 0.5, 0.2], abs=0.03)
+    assert kinds['wrong'] / kinds['summarise'] == pytest.approx(0.2, abs=0.04)
 
 
 @pytest.mark.parametrize(('proof', 'summary'), [

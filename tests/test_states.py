@@ -50,23 +50,23 @@ def test_the_buffer_holds_the_newest_problems_and_their_newest_summaries(adds, s
 
 def test_chains_begin_where_an_earlier_one_ended():
     buffer = ReplayBuffer(2)
-    assert buffer.start(0, 'p', SEED) == State('p')
+    assert buffer.start(0, 'p', SEED) == Stored(State('p'), 0)
     buffer.add(0, [stored('p', turn) for turn in (1, 2, 3)])
-    assert {buffer.start(0, 'p', (seed,)).turn for seed in range(50)} == {1, 2, 3}
+    assert {buffer.start(0, 'p', (seed,)).state.turn for seed in range(50)} == {1, 2, 3}
     assert buffer.start(0, 'p', SEED) == buffer.start(0, 'p', SEED)
-    assert buffer.start(1, 'q', SEED) == State('q')
+    assert buffer.start(1, 'q', SEED).state == State('q')
 
 
 def test_problems_that_are_solved_or_hopeless_are_passed_over_but_come_back():
     difficulty = Difficulty(0.1, 0.8, again=3)
-    assert difficulty.wanted(0)
+    assert difficulty.admit(0)
     difficulty.update(0, 1.0)
-    assert [difficulty.wanted(0) for _ in range(6)] == [False, False, True, False, False, True]
+    assert [difficulty.admit(0) for _ in range(6)] == [False, False, True, False, False, True]
     difficulty.update(0, 0.2)  # the mean is now 0.6
-    assert difficulty.wanted(0)
+    assert difficulty.admit(0)
     difficulty.update(1, 0.0)
-    assert not difficulty.wanted(1)
+    assert not difficulty.admit(1)
     again = Difficulty(0.1, 0.8, again=3)
     again.load(json.loads(json.dumps(difficulty.to_json())))
     assert again == difficulty
-    assert all(Difficulty().wanted(i) for i in range(3))
+    assert all(Difficulty().admit(i) for i in range(3))

@@ -1,17 +1,18 @@
 """Derivations: chains of single-digit operations modulo 10, to be proven line by line, and a noisy teacher.
 
-A problem is `3 q+4 r*7 s-2`: start from 3, then do each labelled step. Its proof has one line a step and the answer:
+A problem is `3 a+4 b*7 c+2`: start from 3, then do each labelled step. Its proof has one line a step and the answer:
 
-    q 3+4=7
-    r 7*7=9
-    s 9-2=7
-    Answer: 7
+    a 3+4=7
+    b 7*7=9
+    c 9+2=1
+    Answer: 1
 
-Labels are consecutive in a cyclic alphabet and begin anywhere: a step of a long chain looks like one of a short chain.
-Every operation permutes the ten digits: whatever came before, a guessed value is right one time in ten.
+Steps that are drawn are labelled a, b, c and so on: a tiny model can then tell from a label where its step stands. With
+labels that begin anywhere it learns to count lines instead, and cannot go on from the middle. Every operation permutes
+the ten digits: whatever came before, a guessed value is right one time in ten.
 
-A proof may be continued from a summary (`r=9`: step r gives 9): its first line is then `From r=9`, and the steps up
-to r are left out. The teacher slips in arithmetic, skips a line or restarts when it continues, and summarises
+A proof may be continued from a summary (`b=9`: step b gives 9): its first line is then `From b=9`, and the steps up
+to b are left out. The teacher slips in arithmetic, skips a line or restarts when it continues, and summarises
 wrongly, all at set rates.
 """
 
@@ -27,7 +28,7 @@ from qedjax import prompts
 
 LABELS = string.ascii_letters + '!#$%&/?@^_|~'  # one byte each, none of them used by operations or values
 MAX_STEPS = len(LABELS)  # 64
-DIGITS = {'+': '123456789', '-': '123456789', '*': '379'}
+DIGITS = {'+': '123456', '*': '37'}  # of the operations that are drawn: 80 facts of arithmetic; any of _PROBLEM may be asked
 SPLITS = ('train', 'held_out')
 HELD_OUT = 8  # one chain in eight is held out
 
@@ -94,17 +95,16 @@ def make_problem(seed: int, index: int, split: str = 'train', min_steps: int = 4
     if not 1 <= min_steps <= max_steps <= MAX_STEPS:
         raise ValueError(f'min_steps={min_steps} and max_steps={max_steps} must satisfy 1 <= min <= max <= {MAX_STEPS}')
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
-    steps, first = int(rng.integers(min_steps, max_steps + 1)), int(rng.integers(MAX_STEPS))
-    labels = (LABELS + LABELS)[first : first + steps]
+    steps = int(rng.integers(min_steps, max_steps + 1))
     while True:
-        problem = Problem(int(rng.integers(10)), tuple(_operation(rng) for _ in range(steps)), labels)
+        problem = Problem(int(rng.integers(10)), tuple(_operation(rng) for _ in range(steps)), LABELS[:steps])
         if split_of(problem) == split:
             return problem
 
 
 def _operation(rng: np.random.Generator) -> str:
-    """Each operator one time in three."""
-    operator = '+-*'[rng.integers(3)]
+    """Each operator equally often."""
+    operator = '+*'[rng.integers(2)]
     return operator + DIGITS[operator][rng.integers(len(DIGITS[operator]))]
 
 
@@ -122,7 +122,7 @@ def problems(seed: int, split: str, n: int, min_steps: int = 4, max_steps: int =
 def parse_problem(text: str) -> Problem:
     """The problem that a text states; raises ValueError if it states none."""
     if not _PROBLEM.fullmatch(text):
-        raise ValueError(f'{text[:60]!r} is not a derivation; expected a text such as {"3 q+4 r*7 s-2"!r}')
+        raise ValueError(f'{text[:60]!r} is not a derivation; expected a text such as {"3 a+4 b*7 c+2"!r}')
     start, *steps = text.split(' ')
     labels = ''.join(step[0] for step in steps)
     if len(set(labels)) < len(labels):
@@ -180,38 +180,33 @@ def summary_text(problem: Problem, proof: str, rng: np.random.Generator | None =
     return f'{claims[-1][1]}={_digit(digit, rng, wrong) if rng and wrong else digit}'
 
 
-def long_rows(
-    seed: int, n: int, min_steps: int, max_steps: int, lines: tuple[int, int], *, slip: float = 0.1, wrong: float = 0.03
+def chain_rows(
+    seed: int, n: int, min_steps: int, max_steps: int, budget: int, *, slip: float = 0.1, wrong: float = 0.03
 ) -> list[dict[str, str]]:
-    """n training rows on chains of which the teacher writes a few steps at a time, uniformly as many as `lines` bounds.
+    """n training rows (`prompt`, `completion`) that teach the reasoning cache, with its prompts.
 
-    A quarter begin a proof, a third continue one from a summary, with the faults of teacher_continuation, and the others summarise a part
-    of a proof. One summary in 1 / wrong has the wrong digit, also those that are continued. Prompts are those of the reasoning cache.
+    Three in ten prove a problem, half continue a proof from a summary, with the faults of teacher_continuation, and the others summarise
+    what the first `budget` characters of a proof or of a continuation came to. A summary's digit is wrong at the rate `wrong`, also of
+    those that are continued.
     """
     rngs = (np.random.default_rng((seed, len(SPLITS) + 1, index)) for index in range(n))
-    return [_long_row(problem, int(rng.integers(lines[0], lines[1] + 1)), rng, slip, wrong)
+    return [_chain_row(problem, budget, rng, slip, wrong)
             for problem, rng in zip(problems(seed, 'train', n, min_steps, max_steps), rngs, strict=True)]
 
 
-def _long_row(problem: Problem, lines: int, rng: np.random.Generator, slip: float, wrong: float) -> dict[str, str]:
-    kind, done = rng.choice(3, p=(1 / 4, 1 / 3, 5 / 12)), int(rng.integers(1, len(problem.labels) + 1))
+def _chain_row(problem: Problem, budget: int, rng: np.random.Generator, slip: float, wrong: float) -> dict[str, str]:
+    kind, done = rng.choice(3, p=(0.3, 0.5, 0.2)), int(rng.integers(1, len(problem.labels) + 1))
     if kind == 0:
-        return {'prompt': problem.text, 'completion': _part(teacher_proof(problem, rng, slip), lines)}
+        return {'prompt': problem.text, 'completion': teacher_proof(problem, rng, slip)}
     begun = '\n'.join(problem.lines[:done])
     if kind == 1:
         summary = summary_text(problem, begun, rng, wrong)
-        proof = _part(teacher_continuation(problem, summary, rng, slip=slip), lines)
-        return {'prompt': prompts.render('derivations_continue', problem=problem.text, summary=summary), 'completion': proof}
+        asked = prompts.render('derivations_continue', problem=problem.text, summary=summary)
+        return {'prompt': asked, 'completion': teacher_continuation(problem, summary, rng, slip=slip)}
     start = '' if rng.random() < 1 / 3 else summary_text(problem, begun)
-    reasoning = _part(teacher_continuation(problem, start, rng, slip=slip, restart=0.0), lines)
+    reasoning = teacher_continuation(problem, start, rng, slip=slip, restart=0.0)[:budget].strip('\n')
     asked = prompts.render('derivations_summarise', problem=problem.text, reasoning=reasoning)
     return {'prompt': asked, 'completion': summary_text(problem, reasoning, rng, wrong)}
-
-
-def _part(proof: str, lines: int) -> str:
-    """The first lines of a proof, besides a first line that says where it begins."""
-    rows = proof.split('\n')
-    return '\n'.join(rows[: lines + rows[0].startswith('From ')])
 
 
 def sft_rows(seed: int, n: int, min_steps: int = 4, max_steps: int = 8, slip: float = 0.1) -> list[dict[str, str]]:

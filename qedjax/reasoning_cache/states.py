@@ -50,10 +50,10 @@ class ReplayBuffer:
         while len(self.stored) > self.size:
             del self.stored[next(iter(self.stored))]
 
-    def start(self, number: int, problem: str, seed: Sequence[int]) -> State:
+    def start(self, number: int, problem: str, seed: Sequence[int]) -> Stored:
         """Where a chain begins: one of the problem's stored states, or without any the empty one."""
         stored = self.stored.get(number, ())
-        return stored[np.random.default_rng(seed).integers(len(stored))].state if stored else State(problem)
+        return stored[np.random.default_rng(seed).integers(len(stored))] if stored else Stored(State(problem), 0)
 
     def to_json(self) -> list[list[Any]]:
         """The contents, in order, as JSON can hold them."""
@@ -83,8 +83,8 @@ class Difficulty:
         """Half of the new mean is the newest reward."""
         self.means[number] = (self.means[number] + reward) / 2 if number in self.means else reward
 
-    def wanted(self, number: int) -> bool:
-        """Whether to train a problem that has come up; a problem without rewards always."""
+    def admit(self, number: int) -> bool:
+        """Whether to train a problem now that it has come up, which is counted; a problem without rewards always."""
         if (self.least, self.most) == (-1.0, 1.0) or self.least < self.means.get(number, self.most) <= self.most:
             return True
         self.passed[number] = self.passed.get(number, 0) + 1

@@ -5,6 +5,7 @@ engine, and a chain's summaries are kept for later chains where replay is on.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,14 +86,16 @@ class Chains:
 
     async def states(self, number: int, draw: int) -> list[Problem]:
         """The prompts of a draw of problem `number`."""
-        trace, seed = self._begin(number, draw)
+        start, seed = self._begin(number, draw)
+        trace = begin(start.state)
         if self._decoder.cfg.turns:
             trace = await self._decoder.run(trace, seed, last_summary=True)
-        return self._end(number, draw, trace)
+        return self._end(number, draw, start.version, trace)
 
     async def together(self, drawn: Sequence[tuple[int, int]]) -> list[list[Problem]]:
         """The same for several (number, draw), turn by turn, so that what the engine computes depends on nothing else."""
-        traces, seeds = map(list, zip(*(self._begin(*pair) for pair in drawn), strict=True))
+        starts, seeds = map(list, zip(*(self._begin(*pair) for pair in drawn), strict=True))
+        traces = [begin(start.state) for start in starts]
         for _ in range(2 * self._decoder.cfg.turns):
             going = [i for i, trace in enumerate(traces) if not trace.end]
             steps = [self._decoder.step(traces[i], seeds[i], last_summary=True) for i in going]
@@ -100,7 +103,7 @@ class Chains:
             done = await (gather(*steps) if away else all_at_once(self._endpoint, steps, len(steps)))
             for i, trace in zip(going, done, strict=True):
                 traces[i] = trace
-        return [self._end(*pair, trace) for pair, trace in zip(drawn, traces, strict=True)]
+        return [self._end(*pair, start.version, trace) for pair, start, trace in zip(drawn, starts, traces, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
         """What the next process must know, as JSON can hold it."""
@@ -116,17 +119,22 @@ class Chains:
         if self._remote:
             await self._remote.close()
 
-    def _begin(self, number: int, draw: int) -> tuple[Trace, int]:
+    def _begin(self, number: int, draw: int) -> tuple[Stored, int]:
+        """Where a chain begins, and its seed."""
         start = self.replay.start(number, self._problems[number].row['problem'], (self._seed, draw, 1))
-        return begin(start), int(np.random.SeedSequence((self._seed, draw, 2)).generate_state(1)[0])
+        return start, int(np.random.SeedSequence((self._seed, draw, 2)).generate_state(1)[0])
 
-    def _end(self, number: int, draw: int, trace: Trace) -> list[Problem]:
-        """Stores the summaries of a chain, and makes prompts of some of its states."""
+    def _end(self, number: int, draw: int, version: int, trace: Trace) -> list[Problem]:
+        """Stores the summaries of a chain, and makes prompts of some of its states; `version` wrote the summary that it began with."""
         self._heed(trace)
+        found = []
         written = [call.completion for call in trace.calls if call.phase == SUMMARISE]
-        versions = [max((version for version, _ in c.versions), default=0) for c in written]
-        if written:
-            self.replay.add(number, [Stored(*pair) for pair in zip(trace.states[1:], versions, strict=True)])
+        for (before, state), completion in zip(itertools.pairwise(trace.states), written, strict=True):
+            if state.summary is not before.summary:  # an empty summary leaves the old one, and the old one's version
+                version = max((newest for newest, _ in completion.versions), default=0)
+            found.append(Stored(state, version))
+        if found:
+            self.replay.add(number, found)
         chosen = sample_states(trace.states[: self.cfg.decoding.turns], self.cfg.states, (self._seed, draw, 3))
         return [self._prompt(number, state) for state in chosen]
 

@@ -117,7 +117,7 @@ class Collector:
             draw = self._again.pop(0) if self._again else self.draw
             self.draw = max(self.draw, draw + 1)
             number = self._number(draw)
-            if not self._chains or self._chains.difficulty.wanted(number):
+            if not self._chains or self._chains.difficulty.admit(number):
                 self._open.add(draw)
                 return number, draw
 
