@@ -80,11 +80,11 @@ class QuickstartConfig:
       seed: of everything.
     """
 
-    documents: int = 16_000
+    documents: int = 24_000
     slip: float = 0.1
     wrong: float = 0.03
     rl_problems: int = 4096
-    problems: int = 128
+    problems: int = 256
     turns: tuple[int, ...] = (1, 2, 4, 8, 16)
     sft: SFTConfig = dataclasses.field(default_factory=_sft)
     rl: RLConfig = dataclasses.field(default_factory=_rl)
