@@ -33,11 +33,11 @@ def folder(tmp_path):
     """As a quickstart leaves it, but for a policy that has learnt nothing: its reward is 0, so its entropy moves it."""
     model = create(lambda: Transformer(tiny_config(init_std=0.1), jax.random.key(0)), make_mesh(MeshConfig(), jax.devices()[:1]))
     (tmp_path / 'data').mkdir()
-    for stage, name in (('sft', 'problems'), ('rl', 'long_problems')):
+    for stage in ('sft', 'rl'):
         save_hf(model, tmp_path / stage)
         tiny_tokenizer('none').save_pretrained(tmp_path / stage)
-        rows = [{'problem': p.text} for p in problems(0, 'train', 8)]
-        (tmp_path / 'data' / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    rows = [{'problem': p.text} for p in problems(0, 'train', 8)]
+    (tmp_path / 'data' / 'problems.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return tmp_path
 
 
