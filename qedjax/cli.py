@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jax
 from absl import app, logging
 
 from qedjax.checkpoint.manager import CheckpointError
@@ -17,11 +18,14 @@ from qedjax.llm.client import EndpointError
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # that torch is not installed: nothing here needs it
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs an absl main function; `error: ...` on stderr and exit code 2 for ValueError, CheckpointError, OSError."""
+def run(main: Callable[[Sequence[str]], None], *, words: bool = False) -> None:
+    """Runs an absl main function; `error: ...` on stderr and exit code 2 for ValueError, CheckpointError, OSError.
+
+    Arguments that are no flags are refused, unless `words`: main then gets those, and all that come after `--`.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not words:
             raise app.UsageError(f'unexpected argument {argv[1]!r}; flags are written --name=value')
         try:
             main(argv)
@@ -35,6 +39,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_ours)
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def join_processes() -> None:
+    """Makes this process one of those of its TPU slice (TPU VMs, GKE), Slurm step or MPI job, all of which jax finds by itself."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(f'--distributed is for a TPU slice, a Slurm step or an MPI job, and this is none ({error}); '
+                         'leave it out on a single host') from error
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
