@@ -16,9 +16,9 @@ trap stop USR1
 srun --kill-on-bad-exit=1 --cpu-bind=none --open-mode=append --output="$logs/%x-%j-%t.log" "${command[@]}" &
 step=$! code=0
 wait "$step" || code=$?
-while kill -0 "$step" 2> /dev/null; do  # the signal ended the waiting, not the step
+if [ "$again" = yes ]; then  # the signal ended the waiting, not the step
   code=0
   wait "$step" || code=$?
-done
-if [ "$again" = yes ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"
