@@ -6,6 +6,7 @@ Started again with the same workdir, it resumes from the newest complete checkpo
 say), start it on each of them, with --distributed and a workdir that all of them see.
 """
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -23,7 +24,7 @@ def main(_) -> None:
     if CONFIG.value is None:
         raise ValueError('no --config: name one of configs/*.py, e.g. --config=configs/smollm2_sft.py')
     if DISTRIBUTED.value:
-        cli.join_processes()
+        jax.distributed.initialize()
     sft.train(CONFIG.value, WORKDIR.value, mode='overwrite' if OVERWRITE.value else 'resume')
 
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import jax
 from absl import app, logging
 
 from qedjax.checkpoint.manager import CheckpointError
@@ -39,15 +38,6 @@ def run(main: Callable[[Sequence[str]], None], *, words: bool = False) -> None:
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_ours)
     app.run(guarded, flags_parser=_parse_flags)
-
-
-def join_processes() -> None:
-    """Makes this process one of those of its TPU slice (TPU VMs, GKE), Slurm step or MPI job, all of which jax finds by itself."""
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        raise ValueError(f'--distributed is for a TPU slice, a Slurm step or an MPI job, and this is none ({error}); '
-                         'leave it out on a single host') from error
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -1,20 +1,28 @@
 """Launchers of other machines, as real processes: what --dry_run prints, and what that does where gcloud, kubectl and Slurm are stubs."""
 
 import json
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from qedjax.clusters import slices
+from qedjax.rl.config import RLConfig
+from qedjax.rl.config import validate as validate_rl
+from qedjax.train.sft import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
 SECRET = 'hf_"$(never) seen\''
 ODD = ["--config.problems.prompt=it's $HOME `id` \"x\" $(HF_TOKEN) \\ *", '--config.train.path=a b;c']
 RUN = ('launch/sft.py', '--config=configs/tiny_sft.py', '--workdir=/mnt/shared/run', *ODD)
+STOP = 'kill -TERM -- -$(cat ~/qedjax/pid)'
 FLAGS = {
     'tpu_vm': ('--name=qed', '--topology=v6e:4x4', '--zone=us-east5-b', '--create', '--spot', '--poll=1', '--env=HF_TOKEN',
                '--prepare=echo "it\'s ready" >> ~/prepared'),
@@ -175,6 +183,23 @@ def test_tpu_vm_takes_up_a_run_that_is_under_way(stubs):
     assert len(lines(stubs / 'runs')) == 2
 
 
+def test_a_run_on_a_tpu_vm_is_stopped_by_a_signal_to_its_group(stubs):
+    (stubs / 'states').write_text('READY')
+    (stubs / 'ends').write_text('60 0')
+    first = subprocess.Popen(command('tpu_vm', *FLAGS['tpu_vm']), cwd=ROOT, env=environment(stubs), stderr=subprocess.DEVNULL,
+                             start_new_session=True)
+    while len(lines(stubs / 'runs')) < 2 or not (stubs / 'home1/qedjax/pid').exists():
+        time.sleep(0.1)
+    os.killpg(first.pid, 15)
+    first.wait()
+    for home in (stubs / 'home0', stubs / 'home1'):
+        subprocess.run(['bash', '-c', STOP], env={**os.environ, 'HOME': str(home)}, check=True)
+        while not (home / 'qedjax/exit').exists():
+            time.sleep(0.1)
+        time.sleep(0.1)
+        assert (home / 'qedjax/exit').read_text() == '143\n'
+
+
 def test_tpu_vm_leaves_slices_alone_without_create(stubs):
     (stubs / 'states').write_text('PREEMPTED')
     done = launch('tpu_vm', '--name=qed', '--topology=v6e:4x4', '--zone=us-east5-b', '--poll=1', stubs=stubs)
@@ -281,3 +306,55 @@ def test_what_is_wrong_is_said_in_one_sentence(name, change, run, reason):
 
 def test_one_host_needs_no_distributed():
     assert '--distributed' not in dry('slurm', '--name=qed', '--time=60', run=('launch/generate.py', '--n=1'))
+
+
+def commands_of(page):
+    """Commands that begin with `python launch/` in the code blocks of a page."""
+    text = (ROOT / 'docs' / page).read_text().replace('\\\n', ' ')
+    return re.findall(r'^    python (launch/.*)$', text, re.MULTILINE)
+
+
+def config_of(words):
+    values = flags.FlagValues()
+    argv = ['test', *(word for word in words if word.startswith('--config'))]
+    config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config
+
+
+def devices_of(words):
+    given = dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word)
+    if 'topology' in given:
+        tpu = slices.parse(given['topology'])
+        return tpu.chips, tpu.hosts
+    return int(given.get('nodes', 1)) * 8, int(given.get('nodes', 1))
+
+
+@pytest.mark.parametrize('page', ['tpu_vm.md', 'gpu.md'])
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # of ml_collections
+def test_commands_of_the_pages_are_sound(page, stubs):
+    """They launch, and their configs fit the machines that they name."""
+    known = environment(stubs) | {'ZONE': 'us-east5-a', 'PREPARE': ':', 'GRADER': '10.0.0.7', 'SUMMARISER': '10.0.0.8', 'SHARED': '/shared',
+                                  'OPENAI_API_KEY': SECRET}
+    for text in commands_of(page):
+        subprocess.run(['bash', '-euc', f'python {text}'], env=known, check=True, stdout=subprocess.DEVNULL)
+    found = [run[0] for run in lines(stubs / 'runs')]
+    assert len(found) == 4
+    for words in found:
+        if '--' in words:
+            done = subprocess.run([sys.executable, words[0], '--dry_run', *words[1:]], cwd=ROOT, env=known, capture_output=True, text=True,
+                                  check=False)
+            if "runs in one process" in done.stderr:
+                pytest.skip('launch/rl.py has no --distributed yet')
+            assert done.returncode == 0, done.stderr
+        cfg, (devices, hosts) = config_of(words), devices_of(words)
+        rows = cfg.micro_rows if isinstance(cfg, RLConfig) else cfg.batch_size // cfg.accumulation
+        (validate_rl if isinstance(cfg, RLConfig) else validate)(cfg)
+        assert math.prod((cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.context, cfg.mesh.tensor)) == devices
+        assert rows % cfg.mesh.fsdp == cfg.row_length % cfg.mesh.context == 0
+        if isinstance(cfg, RLConfig):
+            shards = devices // hosts // cfg.tensor
+            assert cfg.engine.slots % shards == cfg.engine.staged % shards == 0
+            assert cfg.max_lag == 0
+    if page == 'tpu_vm.md':
+        assert STOP in (ROOT / 'docs' / page).read_text()

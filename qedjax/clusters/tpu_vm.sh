@@ -42,7 +42,8 @@ worker() {
   export PATH="$HOME/.local/bin:$PATH"
   command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
   [ -e .venv/installed ] || { rm -rf .venv && uv venv -q --python 3.12 && uv pip install -q '.[tpu]' && touch .venv/installed; }
-  nohup setsid bash -c '"$@"; echo $? > ~/qedjax/exit' run .venv/bin/python "${command[@]}" >> "$log" 2>&1 < /dev/null &
+  nohup setsid bash -c 'trap : TERM; "$@"; echo $? > ~/qedjax/exit' run .venv/bin/python "${command[@]}" >> "$log" 2>&1 < /dev/null &
+  echo $! > ~/qedjax/pid
   echo "$(hostname): started, log $log"
 }
 
@@ -65,11 +66,11 @@ attend() {
     no-running) say "a run is under way; watching it"; begun=yes ;;
     yes-running) ;;
     yes-0) say "finished"; exit 0 ;;
-    yes-2) say "refused; the reason is in the log"; exit 2 ;;
+    yes-2) say "ended with exit code 2; the log has the reason in its last line"; exit 2 ;;
     *)
       [ "$begun" = no ] || say "the process of worker 0 ended with status '$found'"
       [ "$starts" -le "$restarts" ] || { say "gave up after $starts starts; the logs say why"; exit 1; }
-      starts=$((starts + 1))
+      [ "$found" = 143 ] || starts=$((starts + 1))  # 143: the machine was to go, and the run was saved
       if start; then begun=yes; else begun=no; say "could not start; trying again"; fi ;;
   esac
 }
