@@ -167,6 +167,18 @@ def test_tpu_vm_starts_again_what_failed_but_not_what_was_refused(stubs, ends, c
     assert len(lines(stubs / 'runs')) == 2 * starts
 
 
+@pytest.mark.parametrize('fault', ['uv', 'tar', 'prepare'])
+def test_tpu_vm_starts_nothing_where_a_worker_is_not_ready(stubs, fault):
+    (stubs / 'states').write_text('READY')
+    if fault != 'prepare':
+        (stubs / 'bin' / fault).write_text('#!/bin/sh\nexit 1\n')
+        (stubs / 'bin' / fault).chmod(0o755)
+    done = launch('tpu_vm', *FLAGS['tpu_vm'], '--restarts=0', f'--prepare={"false || { false && true; }" if fault == "prepare" else ":"}', stubs=stubs)
+    assert done.returncode == 1
+    assert 'could not start' in done.stderr
+    assert not (stubs / 'runs').exists()
+
+
 def test_tpu_vm_takes_up_a_run_that_is_under_way(stubs):
     (stubs / 'states').write_text('READY')
     (stubs / 'ends').write_text('8 0')

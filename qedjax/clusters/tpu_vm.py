@@ -25,7 +25,7 @@ def script(name: str, tpu: Slice, command: Sequence[str], *, zone: str, commit: 
       commit: of this repository, which is sent.
       create: whether to make the slice where there is none, and again when it was taken; spot: as one that may be taken.
       secrets: names of variables that the workers get from the environment of the script.
-      prepare: shell text that every worker runs before a start: it mounts a disk, say, and may be run again.
+      prepare: shell text that every worker runs before a start: it mounts a disk, say, may be run again, and ends with status 0.
       logs: folder of the logs on the workers, in ~/qedjax unless it is absolute.
       restarts: starts after a process failed, until the script gives up.
       poll: seconds from one look to the next.

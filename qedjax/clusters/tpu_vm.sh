@@ -30,18 +30,25 @@ replace() {
 worker() {
   set -euo pipefail
   rm -f ~/qedjax/run.sh  # it holds secrets; they are variables by now
-  mkdir -p ~/qedjax/"$commit" && cd ~/qedjax
+  cd ~/qedjax
   exec 9> lock  # held by the process as long as it lives
   flock -w 300 9 || { echo "$(hostname): the process of an earlier start does not end" >&2; exit 1; }
   rm -f exit
-  eval "$prepare"
+  eval "$prepare" || { echo "$(hostname): --prepare ended with status $?" >&2; exit 1; }
   cd ~/qedjax
   mkdir -p "$logs"
   log=$(cd "$logs" && pwd)/$tpu-$(hostname).log
-  tar xzf code.tar.gz -C "$commit" && cd "$commit"
+  mkdir -p "$commit"
+  tar xzf code.tar.gz -C "$commit"
+  cd "$commit"
   export PATH="$HOME/.local/bin:$PATH"
   command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
-  [ -e .venv/installed ] || { rm -rf .venv && uv venv -q --python 3.12 && uv pip install -q '.[tpu]' && touch .venv/installed; }
+  if [ ! -e .venv/installed ]; then
+    rm -rf .venv
+    uv venv -q --python 3.12
+    uv pip install -q '.[tpu]'
+    touch .venv/installed
+  fi
   nohup setsid bash -c 'trap : TERM; "$@"; echo $? > ~/qedjax/exit' run .venv/bin/python "${command[@]}" >> "$log" 2>&1 < /dev/null &
   echo $! > ~/qedjax/pid
   echo "$(hostname): started, log $log"
