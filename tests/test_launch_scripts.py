@@ -173,7 +173,8 @@ def test_tpu_vm_starts_nothing_where_a_worker_is_not_ready(stubs, fault):
     if fault != 'prepare':
         (stubs / 'bin' / fault).write_text('#!/bin/sh\nexit 1\n')
         (stubs / 'bin' / fault).chmod(0o755)
-    done = launch('tpu_vm', *FLAGS['tpu_vm'], '--restarts=0', f'--prepare={"false || { false && true; }" if fault == "prepare" else ":"}', stubs=stubs)
+    prepare = 'false || { false && true; }' if fault == 'prepare' else ':'
+    done = launch('tpu_vm', *FLAGS['tpu_vm'], '--restarts=0', f'--prepare={prepare}', stubs=stubs)
     assert done.returncode == 1
     assert 'could not start' in done.stderr
     assert not (stubs / 'runs').exists()
