@@ -23,7 +23,7 @@ PROJECT = flags.DEFINE_string('project', '', "Google Cloud project; gcloud's own
 CREATE = flags.DEFINE_bool('create', False, 'Make the slice where there is none, and again after it was taken.')
 SPOT = flags.DEFINE_bool('spot', False, 'Make it a spot slice: cheaper, and it may be taken at any time.')
 ENV = flags.DEFINE_list('env', [], 'Names of variables that the workers get from this environment, e.g. HF_TOKEN,OPENAI_API_KEY.')
-PREPARE = flags.DEFINE_string('prepare', ':', 'Shell text that every worker runs before a start, say to mount a disk; its status must be 0.')
+PREPARE = flags.DEFINE_string('prepare', ':', 'Shell text that every worker runs before a start, say to mount a disk; its status must be 0')
 LOGS = flags.DEFINE_string('logs', 'logs', 'Folder of the logs on the workers, in ~/qedjax unless absolute.')
 COMMIT = flags.DEFINE_string('commit', 'HEAD', 'Commit of this repository that is sent.')
 RESTARTS = flags.DEFINE_integer('restarts', 10, 'Starts after a failure before it gives up; preemptions do not count.', lower_bound=0)
