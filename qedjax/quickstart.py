@@ -2,8 +2,9 @@
 
 Stages: make the data, SFT from scratch, RL with rubric rewards, RL from states of the reasoning cache, held-out scores of the three
 models against turns, export to Hugging Face and verification. An answer's budget is two lines, and the problems have six to eight: one
-answer cannot prove them, a chain of eight turns can, and RL sees the first four. Each stage has something to learn that the one before it cannot teach: the teacher
-slips in arithmetic (RL cures that), and when it continues from a summary it skips a line or starts again (RL from states cures that).
+answer cannot prove them, a chain of eight turns can, and RL sees the first four. Each stage has something to learn that the one before
+it cannot teach: the teacher slips in arithmetic (RL cures that), and when it continues from a summary it skips a line or starts again
+(RL from states cures that).
 """
 
 import asyncio
