@@ -171,8 +171,9 @@ def sample(problem: Problem, trace: Trace) -> dict:
     """Rubric, calls, last answer, its score and feedback of a chain."""
     answer, turn = trace.answer
     graded = grade(problem, answer)
-    return {'problem': problem.text, 'rubric': render(rubric(problem)), 'calls': [[call.phase, call.completion.text] for call in trace.calls],
-            'answer': answer, 'turn': turn, 'score': graded.score, 'feedback': graded.feedback}
+    calls = [[call.phase, call.completion.text] for call in trace.calls]
+    return {'problem': problem.text, 'rubric': render(rubric(problem)), 'calls': calls, 'answer': answer, 'turn': turn,
+            'score': graded.score, 'feedback': graded.feedback}
 
 
 def decode_chains(model: Transformer, tokenizer, chosen: Sequence[Problem], turns: int, seed: int) -> list[Trace]:

@@ -108,7 +108,8 @@ def test_a_kept_summary_keeps_the_version_that_wrote_it():
     chains = Chains(CHAINS, None, tokenizer, (), 0, [Problem((1,), {'problem': '3 a+4'})])
     trace = begin(start.state)
     for text, version in (('a 3+4=7', 8), ('', 8), ('a 3+4=7', 9), ('a=7', 9)):
-        trace = advance(trace, Completion(text, tuple(tokenizer.encode(text)), (), 'stop', versions=((version, 1),)), tokenizer, tokenizer, 6)
+        completion = Completion(text, tuple(tokenizer.encode(text)), (), 'stop', versions=((version, 1),))
+        trace = advance(trace, completion, tokenizer, tokenizer, 6)
     chains._end(0, 0, start.version, trace)
     assert [(entry.state.turn, entry.version) for entry in chains.replay.stored[0]] == [(2, 5), (3, 9)]
 

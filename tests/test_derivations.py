@@ -150,7 +150,8 @@ def test_chain_rows_prove_continue_and_summarise_what_a_budget_leaves():
             assert row['completion'] == problem.proof
         if kind == 'summarise':
             assert rest[-1] == '?'
-            assert len(reasoning := '\n'.join(rest[:-1])) <= 26
+            reasoning = '\n'.join(rest[:-1])
+            assert len(reasoning) <= 26
             true = summary_text(problem, reasoning)
             assert row['completion'][0] == true[0]
             kinds['wrong'] += row['completion'] != true
