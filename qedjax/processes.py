@@ -39,9 +39,9 @@ async def exchanged(work: Awaitable[Result]) -> list[Result]:
     except RuntimeError as error:
         outcome = None, type(error)(f'process {jax.process_index()}: {error}')
     outcomes = await asyncio.to_thread(exchange, outcome)
-    for _, error in outcomes:
-        if error:
-            raise error
+    for _, failure in outcomes:
+        if failure:
+            raise failure
     return [result for result, _ in outcomes]  # type: ignore[misc]
 
 

@@ -7,6 +7,7 @@ force (`jax.set_mesh`): meshes are part of every jit cache key, so a function tr
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -157,7 +158,7 @@ def localise(leaf: jax.Array, sharding: NamedSharding, donate: bool = False) -> 
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, [mine[device] for device in sharding.mesh.devices.flat])
 
 
-def _of_every_process(mesh: Mesh) -> Mesh:
+def _of_every_process(mesh: Any) -> Mesh:
     """The rollout meshes of all processes as one, each like this process's, one after the other along `data`."""
     data, tensor = mesh.devices.shape
     owners = sorted({device.process_index for device in jax.devices()})
