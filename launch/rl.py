@@ -7,11 +7,10 @@ Where there are several hosts, start it on each of them, with --distributed and 
 share of every step's groups, and all make the update together.
 """
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from qedjax import cli
+from qedjax import cli, processes
 from qedjax.rl import loop
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(); --config.NAME=VALUE overrides a field.',
@@ -25,7 +24,7 @@ def main(_) -> None:
     if CONFIG.value is None:
         raise ValueError('no --config: name one of configs/*_rl.py, e.g. --config=configs/derivations_rl.py:runs/quickstart')
     if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        processes.join()
     loop.train(CONFIG.value, WORKDIR.value, mode='overwrite' if OVERWRITE.value else 'resume')
 
 

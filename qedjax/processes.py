@@ -1,8 +1,11 @@
-"""What the processes of one run tell each other on the host, between the programs that they run together."""
+"""Several processes as one run: how they join and end, and what they tell each other on the host, between the programs that they share."""
 
 import asyncio
+import contextlib
 import pickle
-from collections.abc import Awaitable, Callable, Sequence
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -12,6 +15,37 @@ from jax.experimental import multihost_utils
 Item = TypeVar('Item')
 Result = TypeVar('Result')
 LEAST = 1 << 16  # bytes that are exchanged at least: a power of two each time, so that few programs are compiled
+
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost, and all others end
+
+
+class Preempted(Exception):
+    """The machine is about to be taken away; the run has been saved."""
+
+
+def join() -> None:
+    """Joins the other hosts of a TPU pod, or of a Slurm, Kubernetes or MPI job, as JAX finds them.
+
+    If one of them is lost afterwards, the others end within two HEARTBEATs with a message that names it, rather than wait for it.
+    """
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """A function of the step that tells whether to save and end, since some process was sent SIGTERM: at the same step everywhere."""
+    if jax.process_count() > 1:  # JAX's coordinator has taken the signal over
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are not this caller's business
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield lambda step: told.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def exchange(value: Result) -> list[Result]:

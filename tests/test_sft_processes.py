@@ -19,11 +19,11 @@ from qedjax.train.sft import train
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def slurm(process, port):
-    """What Slurm tells one of two processes on this machine."""
-    return {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+def slurm(process, port, count=2):
+    """What Slurm tells one of the processes of a job on this machine; they have four devices in all."""
+    return {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': f'--xla_force_host_platform_device_count={4 // count}',
             'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost',
-            'SLURM_NTASKS': '2', 'SLURM_PROCID': str(process), 'SLURM_LOCALID': str(process), 'SLURM_STEP_NUM_NODES': '1'}
+            'SLURM_NTASKS': str(count), 'SLURM_PROCID': str(process), 'SLURM_LOCALID': str(process), 'SLURM_STEP_NUM_NODES': '1'}
 
 
 def free_port():
@@ -32,8 +32,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(process, port, *flags):
-    return subprocess.Popen([sys.executable, str(ROOT / 'launch/sft.py'), *flags], env=slurm(process, port), cwd=ROOT,
+def launch(process, port, *flags, count=2):
+    return subprocess.Popen([sys.executable, str(ROOT / 'launch/sft.py'), *flags], env=slurm(process, port, count), cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -29,7 +29,7 @@ from qedjax.grading.grader import Grader, make_grader
 from qedjax.llm.local import LocalEndpoint
 from qedjax.metrics import MetricWriter, Progress, keep_rows, write_run_files
 from qedjax.model.config import ModelConfig
-from qedjax.processes import divided
+from qedjax.processes import Preempted, divided, preemption
 from qedjax.rl import chains as chain_settings
 from qedjax.rl.actor import Actor
 from qedjax.rl.chains import Chains
@@ -62,7 +62,7 @@ def train(cfg: RLConfig, workdir: str, *, mode: str = 'resume', devices: list[ja
 
     Raises ValueError for a config, data or checkpoint that does not fit; EndpointError when the grader cannot serve any more and
     RuntimeError when no group can be trained (the checkpoint of the last step is written first); FloatingPointError after `max_skipped`
-    bad steps in a row.
+    bad steps in a row; Preempted after SIGTERM, with a checkpoint written.
     """
     validate(cfg)
     if jax.process_count() > 1 and cfg.max_lag:
@@ -204,12 +204,15 @@ class _Run:
             samples = pathlib.Path(os.devnull)  # the first process writes the answers of all
         else:
             keep_rows(samples, start)
-        with MetricWriter(self.workdir, start or -1) as writer, samples.open('a', encoding='utf-8') as file:
+        with MetricWriter(self.workdir, start or -1) as writer, samples.open('a', encoding='utf-8') as file, preemption() as preempted:
             if start == 0:
                 await self._evaluate(writer, 0)
             for step in range(start, cfg.steps):
                 state = await self._step(state, step, writer, progress, file)
                 done, last = step + 1, step + 1 == cfg.steps
+                if preempted(done) and not last:
+                    await self._save(done, state)
+                    raise Preempted
                 evaluated = last or (every and done % every == 0)
                 score = await self._safely(self._evaluate(writer, done), done, state) if evaluated else None
                 if last or done % cfg.save_every == 0:
