@@ -6,11 +6,10 @@ Started again with the same workdir, it resumes from the newest complete checkpo
 say), start it on each of them, with --distributed and a workdir that all of them see.
 """
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from qedjax import cli
+from qedjax import cli, processes
 from qedjax.train import sft
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'File with get_config(); --config.NAME=VALUE overrides a field.',
@@ -24,7 +23,7 @@ def main(_) -> None:
     if CONFIG.value is None:
         raise ValueError('no --config: name one of configs/*.py, e.g. --config=configs/smollm2_sft.py')
     if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        processes.join()
     sft.train(CONFIG.value, WORKDIR.value, mode='overwrite' if OVERWRITE.value else 'resume')
 
 

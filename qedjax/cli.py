@@ -1,6 +1,7 @@
 """What every command shares: errors that a user can mend end with one sentence and exit code 2, all others with their traceback.
 
-Ctrl-C ends with one sentence and 130, as shells have it, once a checkpoint that is being written is on disk.
+Ctrl-C ends with one sentence and 130, as shells have it, once a checkpoint that is being written is on disk. SIGTERM, with which machines
+are taken away, ends a run after the step that it is at, with a checkpoint and 143.
 """
 
 import logging as stdlib_logging
@@ -13,6 +14,7 @@ from absl import app, logging
 
 from qedjax.checkpoint.manager import CheckpointError
 from qedjax.llm.client import EndpointError
+from qedjax.processes import Preempted
 
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # that torch is not installed: nothing here needs it
 
@@ -33,6 +35,8 @@ def run(main: Callable[[Sequence[str]], None], *, words: bool = False) -> None:
             _end(error, 2)
         except KeyboardInterrupt:
             _end('interrupted; a run started again goes on from its newest checkpoint', 130)
+        except Preempted:
+            _end('ended by SIGTERM, and saved; a run started again goes on from here', 143)
 
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()

@@ -1,9 +1,10 @@
 """The whole recipe in small: a decoder of about a million parameters learns to prove derivations from a noisy teacher, on a laptop CPU.
 
 Stages: make the data, SFT from scratch, RL with rubric rewards, RL from states of the reasoning cache, held-out scores of the three
-models against turns, export to Hugging Face and verification. An answer's budget is three lines, and the problems have six to eight: one
-answer cannot prove them, a chain of four turns can. Each stage has something to learn that the one before it cannot teach: the teacher
-slips in arithmetic (RL cures that), and when it continues from a summary it skips a line or starts again (RL from states cures that).
+models against turns, export to Hugging Face and verification. An answer's budget is two lines, and the problems have six to eight: one
+answer cannot prove them, a chain of eight turns can, and RL sees the first four. Each stage has something to learn that the one before
+it cannot teach: the teacher slips in arithmetic (RL cures that), and when it continues from a summary it skips a line or starts again
+(RL from states cures that).
 """
 
 import asyncio
@@ -45,8 +46,8 @@ from qedjax.train.optimizer import OptimizerConfig
 from qedjax.train.sft import SFTConfig, train
 
 TAUGHT, ASKED = (2, 8), (6, 8)  # steps of a problem: of the teacher's, and of those that RL trains on and that are graded
-BUDGET = 26  # tokens (bytes) of an answer: three lines, or `From b=9`, a line and the answer
-DECODING = RCConfig(2, PhaseConfig(BUDGET, 1.0), PhaseConfig(5, 1.0), prompts=RENDERINGS['derivations'])
+BUDGET = 18  # tokens (bytes) of an answer: two lines, or `From b=9` and one more
+DECODING = RCConfig(4, PhaseConfig(BUDGET, 1.0), PhaseConfig(5, 1.0), prompts=RENDERINGS['derivations'])
 MODELS = {'SFT': 'sft', 'RL': 'rl', 'RC-RL': 'rc'}
 
 
@@ -61,8 +62,8 @@ def _sft() -> SFTConfig:
 def _rl() -> RLConfig:
     return RLConfig(
         model=ModelConfig(dtype='float32', attention_block=256, remat='none'), grader='derivations', problems=ProblemsConfig(max_prompt=64),
-        group_size=8, groups=16, steps=40, temperature=1.0, max_tokens=BUDGET, row_length=256, micro_rows=8, save_every=10,
-        objective=ObjectiveConfig(zero_variance='refill'), engine=EngineConfig(slots=32, staged=32, prefill_tokens=2048),
+        group_size=8, groups=16, steps=30, temperature=1.0, max_tokens=BUDGET, row_length=256, micro_rows=8, save_every=10,
+        objective=ObjectiveConfig(zero_variance='keep'), engine=EngineConfig(slots=32, staged=32, prefill_tokens=2048),
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule='constant', warmup_fraction=0.0, b2=0.98, clip_norm=0.3))
 
 
@@ -80,7 +81,7 @@ class QuickstartConfig:
       seed: of everything.
     """
 
-    documents: int = 24_000
+    documents: int = 30_000
     slip: float = 0.1
     wrong: float = 0.03
     rl_problems: int = 4096
@@ -88,7 +89,7 @@ class QuickstartConfig:
     turns: tuple[int, ...] = (1, 2, 4, 8, 16)
     sft: SFTConfig = dataclasses.field(default_factory=_sft)
     rl: RLConfig = dataclasses.field(default_factory=_rl)
-    rc: RLConfig = dataclasses.field(default_factory=lambda: dataclasses.replace(_rl(), chains=ChainsConfig(2, DECODING)))
+    rc: RLConfig = dataclasses.field(default_factory=lambda: dataclasses.replace(_rl(), steps=50, chains=ChainsConfig(2, DECODING)))
     seed: int = 0
 
 

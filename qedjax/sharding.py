@@ -7,6 +7,7 @@ force (`jax.set_mesh`): meshes are part of every jit cache key, so a function tr
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -143,6 +144,27 @@ def move(tree, mesh: Mesh):
     """The same arrays under another mesh of the same devices, in the shardings that their logical axes have there."""
     shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec), tree)
     return jax.device_put(tree, shardings)
+
+
+def localise(leaf: jax.Array, sharding: NamedSharding, donate: bool = False) -> jax.Array:
+    """A copy of an array in a sharding of this process's rollout mesh; if it lies on all processes, each gets it whole, and all must call.
+
+    It comes by the interconnect, in the rollout layout from the start: no device holds more of it than it keeps.
+    """
+    if leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding, may_alias=False, donate=donate)
+    everywhere = jax.device_put(leaf, NamedSharding(_of_every_process(sharding.mesh), sharding.spec))
+    mine = {shard.device: shard.data for shard in everywhere.addressable_shards}
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, [mine[device] for device in sharding.mesh.devices.flat])
+
+
+def _of_every_process(mesh: Any) -> Mesh:
+    """The rollout meshes of all processes as one, each like this process's, one after the other along `data`."""
+    data, tensor = mesh.devices.shape
+    owners = sorted({device.process_index for device in jax.devices()})
+    meshes = [make_rollout_mesh(data, tensor, [device for device in jax.devices() if device.process_index == owner]) for owner in owners]
+    devices = np.concatenate([mesh.devices for mesh in meshes])
+    return Mesh(devices, ROLLOUT_AXES, axis_types=(AxisType.Explicit,) * len(ROLLOUT_AXES))
 
 
 def put(tree, mesh: Mesh, *names: str | None):

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = {
-    'types': 0, 'metrics': 0, 'sharding': 0, 'prompts': 0,
+    'types': 0, 'metrics': 0, 'sharding': 0, 'prompts': 0, 'processes': 0,
     'model': 1, 'data': 1, 'checkpoint.manager': 1, 'testing': 1,
     'checkpoint': 2, 'train': 2, 'rollout': 2,
     'llm': 3,

@@ -19,12 +19,22 @@ from qedjax.train.sft import train
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def launch(process, port, *flags):
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
-                   'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost',
-                   'SLURM_NTASKS': '2', 'SLURM_PROCID': str(process), 'SLURM_LOCALID': str(process), 'SLURM_STEP_NUM_NODES': '1'}
-    return subprocess.Popen([sys.executable, str(ROOT / 'launch/sft.py'), *flags], env=environment, cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+def slurm(process, port, count=2):
+    """What Slurm tells one of the processes of a job on this machine; they have four devices in all."""
+    return {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': f'--xla_force_host_platform_device_count={4 // count}',
+            'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost',
+            'SLURM_NTASKS': str(count), 'SLURM_PROCID': str(process), 'SLURM_LOCALID': str(process), 'SLURM_STEP_NUM_NODES': '1'}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        return probe.getsockname()[1]
+
+
+def launch(process, port, *flags, count=2):
+    return subprocess.Popen([sys.executable, str(ROOT / 'launch/sft.py'), *flags], env=slurm(process, port, count), cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.multiprocess
@@ -33,9 +43,7 @@ def test_two_processes_make_one_run(tmp_path):
     write_sums(tmp_path / 'sums')
     flags = [f'--config=configs/tiny_sft.py:{tmp_path}/sums', f'--workdir={tmp_path}/two', '--config.steps=4', '--distributed']
     for _ in range(2):
-        with socket.socket() as probe:
-            probe.bind(('localhost', 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         processes = [launch(process, port, *flags) for process in range(2)]
         outputs = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], '\n'.join(outputs)

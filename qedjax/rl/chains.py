@@ -15,6 +15,7 @@ from qedjax.llm import remote
 from qedjax.llm.client import EndpointError, gather
 from qedjax.llm.local import LocalEndpoint
 from qedjax.llm.remote import RemoteConfig, RemoteEndpoint
+from qedjax.processes import divided
 from qedjax.reasoning_cache import decoder
 from qedjax.reasoning_cache.decoder import Decoder, RCConfig, Writer
 from qedjax.reasoning_cache.prompts import reasoning_prompt
@@ -94,16 +95,21 @@ class Chains:
 
     async def together(self, drawn: Sequence[tuple[int, int]]) -> list[list[Problem]]:
         """The same for several (number, draw), turn by turn, so that what the engine computes depends on nothing else."""
-        starts, seeds = map(list, zip(*(self._begin(*pair) for pair in drawn), strict=True))
-        traces = [begin(start.state) for start in starts]
+        begun = [self._begin(*pair) for pair in drawn]
+        traces = await divided(begun, self._decode)
+        return [self._end(*pair, start.version, trace) for pair, (start, _), trace in zip(drawn, begun, traces, strict=True)]
+
+    async def _decode(self, begun: Sequence[tuple[Stored, int]]) -> list[Trace]:
+        """Chains that begin so, turn by turn."""
+        traces = [begin(start.state) for start, _ in begun]
         for _ in range(2 * self._decoder.cfg.turns):
             going = [i for i, trace in enumerate(traces) if not trace.end]
-            steps = [self._decoder.step(traces[i], seeds[i], last_summary=True) for i in going]
+            steps = [self._decoder.step(traces[i], begun[i][1], last_summary=True) for i in going]
             away = self._remote and any(traces[i].due == SUMMARISE for i in going)
             done = await (gather(*steps) if away else all_at_once(self._endpoint, steps, len(steps)))
             for i, trace in zip(going, done, strict=True):
                 traces[i] = trace
-        return [self._end(*pair, start.version, trace) for pair, start, trace in zip(drawn, starts, traces, strict=True)]
+        return traces
 
     def to_json(self) -> dict[str, Any]:
         """What the next process must know, as JSON can hold it."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from qedjax.llm.client import gather
 from qedjax.llm.local import LocalEndpoint
+from qedjax.processes import divided
 from qedjax.rl.actor import Actor
 from qedjax.rl.batch import varied
 from qedjax.rl.chains import Chains
@@ -78,13 +79,17 @@ class Collector:
             drawn = [self._next() for _ in range(-(-missing // max(self._cfg.chains.states, 1)))]
             found = await self._chains.together(drawn) if self._chains else [[self._problems[number]] for number, _ in drawn]
             chosen = [(problem, draw) for (_, draw), problems in zip(drawn, found, strict=True) for problem in problems]
-            works = [self._actor.group(problem, draw) for problem, draw in chosen]
-            ready += filter(self._usable, await all_at_once(self._endpoint, works, len(works) * self._actor.size))
+            ready += filter(self._usable, await divided(chosen, self._answer))
             if len(ready) >= self._cfg.groups:
                 break
         for group in ready[self._cfg.groups :]:
             self._drop(group)
         return ready[: self._cfg.groups]
+
+    async def _answer(self, chosen: Sequence[tuple[Problem, int]]) -> Sequence[Group]:
+        """Groups of these problems and draws, begun together."""
+        works = [self._actor.group(problem, draw) for problem, draw in chosen]
+        return await all_at_once(self._endpoint, works, len(works) * self._actor.size)
 
     async def _in_flight(self, version: int) -> list[Group]:
         """The first groups to be ready, while others go on."""

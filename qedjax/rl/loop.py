@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import time
 from collections.abc import Awaitable, Sequence
@@ -28,6 +29,7 @@ from qedjax.grading.grader import Grader, make_grader
 from qedjax.llm.local import LocalEndpoint
 from qedjax.metrics import MetricWriter, Progress, keep_rows, write_run_files
 from qedjax.model.config import ModelConfig
+from qedjax.processes import Preempted, divided, preemption
 from qedjax.rl import chains as chain_settings
 from qedjax.rl.actor import Actor
 from qedjax.rl.chains import Chains
@@ -60,11 +62,11 @@ def train(cfg: RLConfig, workdir: str, *, mode: str = 'resume', devices: list[ja
 
     Raises ValueError for a config, data or checkpoint that does not fit; EndpointError when the grader cannot serve any more and
     RuntimeError when no group can be trained (the checkpoint of the last step is written first); FloatingPointError after `max_skipped`
-    bad steps in a row.
+    bad steps in a row; Preempted after SIGTERM, with a checkpoint written.
     """
     validate(cfg)
-    if jax.process_count() > 1:
-        raise ValueError('RL runs in one process for now; start it on a single host')
+    if jax.process_count() > 1 and cfg.max_lag:
+        raise ValueError('RL in several processes is synchronous for now: set max_lag=0')
     refuse_inside(workdir, init=cfg.init, reference=cfg.reference)
     run = _Run(cfg, pathlib.Path(workdir), devices, grader)
     identity = fingerprint(cfg, run.model_config, run.problems)
@@ -109,7 +111,9 @@ class _Run:
         if self.reference_config.vocab_size < self.num_valid:
             raise ValueError(f'the reference model {cfg.reference} has fewer rows than the {self.num_valid} ids of the tokenizer')
         self.stops = stop_ids(self.tokenizer, read_generation_config(cfg.init))
-        self.grader = grader or make_grader(cfg.grader, cfg.judge, str(workdir))
+        # Each process grades what it sampled, and keeps the judge's reports apart: the cache is a file that hosts cannot share.
+        own = workdir / f'process_{jax.process_index()}' if jax.process_index() else workdir
+        self.grader = grader or make_grader(cfg.grader, cfg.judge, str(own))
         self.settings = cfg.problems
         if cfg.chains.states:  # then a problem alone is the first state of a chain, and put as such
             self.settings = dataclasses.replace(cfg.problems, prompt=prompts.load(cfg.chains.decoding.prompts.first),
@@ -196,13 +200,19 @@ class _Run:
     async def _steps(self, state: TrainState, start: int) -> TrainState:
         cfg, samples = self.cfg, self.workdir / SAMPLES
         progress, every = Progress('rl', cfg.steps), cfg.evaluation.every
-        keep_rows(samples, start)
-        with MetricWriter(self.workdir, start or -1) as writer, samples.open('a', encoding='utf-8') as file:
+        if jax.process_index():
+            samples = pathlib.Path(os.devnull)  # the first process writes the answers of all
+        else:
+            keep_rows(samples, start)
+        with MetricWriter(self.workdir, start or -1) as writer, samples.open('a', encoding='utf-8') as file, preemption() as preempted:
             if start == 0:
                 await self._evaluate(writer, 0)
             for step in range(start, cfg.steps):
                 state = await self._step(state, step, writer, progress, file)
                 done, last = step + 1, step + 1 == cfg.steps
+                if preempted(done) and not last:
+                    await self._save(done, state)
+                    raise Preempted
                 evaluated = last or (every and done % every == 0)
                 score = await self._safely(self._evaluate(writer, done), done, state) if evaluated else None
                 if last or done % cfg.save_every == 0:
@@ -252,8 +262,12 @@ class _Run:
             return None
         actor = dataclasses.replace(self.actor, params=self._evaluation_params(), size=self.cfg.evaluation.samples,
                                     seed=self.cfg.seed ^ 0x5EED)
-        works = [actor.group(problem, i) for i, problem in enumerate(self.held_out)]
-        groups = await all_at_once(self.endpoint, works, len(works) * actor.size)
+
+        async def answer(held_out: Sequence[tuple[int, Problem]]) -> Sequence[Group]:
+            works = [actor.group(problem, i) for i, problem in held_out]
+            return await all_at_once(self.endpoint, works, len(works) * actor.size)
+
+        groups = await divided(list(enumerate(self.held_out)), answer)
         metrics = evaluation_metrics(groups)
         writer.write(step, metrics)
         logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})

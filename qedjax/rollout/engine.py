@@ -36,7 +36,7 @@ from qedjax.rollout.engine_config import (
 from qedjax.rollout.requests import Request, check_request
 from qedjax.rollout.scheduler import Member, Prefix, Scheduler
 from qedjax.rollout.text import TextStream
-from qedjax.sharding import abstract, axis_size, create, spec
+from qedjax.sharding import abstract, axis_size, create, localise, spec
 from qedjax.types import Completion, SamplingParams
 
 EDITS = 8  # pages edited a call
@@ -133,14 +133,14 @@ class Engine:
 
         Requests that have drawn ids keep their cache, which older weights wrote, unless `refresh`; all others start under the new
         weights. `model` may live in another layout on the same devices; it is copied (and cast), never through the host, or taken over
-        if `donate`: the caller must not use it again.
+        if `donate`: the caller must not use it again. If it lies on several processes, all of them must call this.
         """
         shapes, wanted = ([x.shape for x in jax.tree.leaves(tree)] for tree in (model, self._target))
         if shapes != wanted:
             raise ValueError(f'the new weights are of another model: arrays of {shapes}, but the engine has {wanted}')
         self._read()
         self._model = None  # gone before the new weights come
-        leaves = [jax.device_put(leaf.astype(target.dtype), target.sharding, may_alias=False, donate=donate)
+        leaves = [localise(leaf.astype(target.dtype), target.sharding, donate)
                   for leaf, target in zip(jax.tree.leaves(model), jax.tree.leaves(self._target), strict=True)]
         self._model = jax.tree.unflatten(jax.tree.structure(self._target), leaves)
         self._scheduler.renew(everyone=refresh)

@@ -22,6 +22,7 @@ from qedjax.data.sources import CHAT, PAIR, Source, read_rows
 from qedjax.metrics import MetricWriter, Progress, mfu, write_run_files
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
+from qedjax.processes import Preempted, preemption
 from qedjax.rollout.requests import MIN_TEMPERATURE
 from qedjax.rollout.static import generate
 from qedjax.sharding import MeshConfig, abstract, check_rows, create, make_mesh, move, without_context
@@ -128,7 +129,8 @@ def train(cfg: SFTConfig, workdir: str, *, mode: str = 'resume', devices: list[j
       mode: 'resume', 'fresh' or 'overwrite', as Checkpointer.
       devices: all by default.
 
-    Raises ValueError for a config, data or checkpoint that does not fit; FloatingPointError after `max_skipped` bad steps in a row.
+    Raises ValueError for a config, data or checkpoint that does not fit; FloatingPointError after `max_skipped` bad steps in a row;
+    Preempted after SIGTERM, with a checkpoint written.
     """
     validate(cfg)
     refuse_inside(workdir, init=cfg.init)
@@ -197,17 +199,20 @@ class _Run:
         if start == self.steps:
             logging.info('%s: all %d steps are done', self.workdir, start)
         progress = Progress('sft', self.steps)
-        with MetricWriter(self.workdir, start) as writer:
+        with MetricWriter(self.workdir, start) as writer, preemption() as preempted:
             pending = None  # metrics are read one step late, so that the host never waits for the step that it has just started
             for k, batch in enumerate(self.loader.iterate(start, self.steps), start):
                 state, metrics = self.train_step(state, place_batch(batch, self.mesh, self.cfg.accumulation))
                 if pending:
                     self._report(writer, progress, *pending)
                 pending = k + 1, metrics
-                if self._due(k + 1, self.cfg.evaluate_every) or self._due(k + 1, self.cfg.save_every):
+                end = preempted(k + 1) and k + 1 < self.steps
+                if end or self._due(k + 1, self.cfg.evaluate_every) or self._due(k + 1, self.cfg.save_every):
                     self._report(writer, progress, *pending)
                     pending = None
-                    self._pause(state, k + 1, checkpoints, writer)
+                    self._pause(state, k + 1, checkpoints, writer, end)
+                if end:
+                    raise Preempted
         return state
 
     def _start(self, checkpoints: Checkpointer) -> tuple[TrainState, int]:
@@ -235,17 +240,17 @@ class _Run:
             raise FloatingPointError(f'loss or gradient was not finite in {self.cfg.max_skipped} steps in a row, up to step {step}; the '
                                      'checkpoints before them are sound: lower the learning rate or look at the data')
 
-    def _pause(self, state: TrainState, step: int, checkpoints: Checkpointer, writer: MetricWriter) -> None:
-        """Evaluation, monitor and checkpoint, where due."""
+    def _pause(self, state: TrainState, step: int, checkpoints: Checkpointer, writer: MetricWriter, end: bool) -> None:
+        """Evaluation, monitor and checkpoint, where due; if the run is to end, a checkpoint alone."""
         metric = None
-        if self.eval_loader and self._due(step, self.cfg.evaluate_every):
+        if self.eval_loader and not end and self._due(step, self.cfg.evaluate_every):
             metrics = self.evaluate(state.model, self.eval_loader)
             metric = metrics['eval/loss']
             if self.requests:
                 metrics |= self.monitor(state.model)
             writer.write(step, metrics)
             logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})
-        if self._due(step, self.cfg.save_every):
+        if end or self._due(step, self.cfg.save_every):
             checkpoints.save(step, state, {'model': dataclasses.asdict(self.model_config), 'position': step}, metric)
 
     def evaluate(self, model: Transformer, loader: Loader) -> dict[str, float]:
