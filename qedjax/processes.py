@@ -28,7 +28,11 @@ def join() -> None:
 
     If one of them is lost afterwards, the others end within two HEARTBEATs with a message that names it, rather than wait for it.
     """
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
+    except ValueError as error:
+        raise ValueError(f'--distributed is for a TPU slice, a Slurm step or an MPI job, and this is none ({error}); '
+                         'leave it out on a single host') from error
 
 
 @contextlib.contextmanager

@@ -56,3 +56,10 @@ def test_a_flag_of_no_field_is_one_sentence(tmp_path):
     assert done.returncode != 0
     assert 'Traceback' not in done.stderr
     assert 'nonsense' in done.stderr.splitlines()[-1]
+
+
+def test_distributed_without_a_cluster_is_one_sentence(tmp_path):
+    command = [sys.executable, str(ROOT / 'launch/sft.py'), '--config=configs/tiny_sft.py', f'--workdir={tmp_path}', '--distributed']
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith('error: --distributed is for a TPU slice')
