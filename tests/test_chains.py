@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from test_rl_loop import Slow, Vowels, assert_equal, config, policy, rows_of, train  # noqa: F401
+from test_rl_loop import DiesLater, Slow, Vowels, assert_equal, config, policy, rows_of, train  # noqa: F401
 
 from qedjax.data.chat import prompt_ids
+from qedjax.data.sources import Source
 from qedjax.llm.client import EndpointError
 from qedjax.llm.remote import RemoteConfig
 from qedjax.reasoning_cache.decoder import PhaseConfig, RCConfig
@@ -134,6 +135,20 @@ def test_a_summariser_that_is_gone_stops_the_run_with_its_state_saved(policy, tm
     steps = [row['step'] for row in rows_of(tmp_path)]
     assert len(steps) > 3
     assert (tmp_path / 'checkpoints' / str(steps[-1]) / 'manifest.json').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [13, 27, 41])
+def test_a_step_that_failed_is_begun_again_exactly(policy, tmp_path, count):  # noqa: F811
+    """What its chains had stored is forgotten with it."""
+    few = tmp_path / 'problems.jsonl'  # so that each comes up in every step
+    few.write_text(''.join((policy / 'problems.jsonl').read_text().splitlines(keepends=True)[:4]))
+    cfg = chained(policy, train=Source(str(few)), save_every=10)
+    whole = train(cfg, tmp_path / 'whole')
+    with pytest.raises(EndpointError, match='gone'):
+        train(cfg, tmp_path / 'cut', DiesLater(count, EndpointError('gone')))
+    assert_equal(train(cfg, tmp_path / 'cut'), whole)
+    assert rows_of(tmp_path / 'whole', 'samples') == rows_of(tmp_path / 'cut', 'samples')
 
 
 def test_solved_problems_are_passed_over(policy, tmp_path):  # noqa: F811
