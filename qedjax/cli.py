@@ -19,11 +19,14 @@ from qedjax.processes import Preempted
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # that torch is not installed: nothing here needs it
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs an absl main function; `error: ...` on stderr and exit code 2 for ValueError, CheckpointError, OSError."""
+def run(main: Callable[[Sequence[str]], None], *, words: bool = False) -> None:
+    """Runs an absl main function; `error: ...` on stderr and exit code 2 for ValueError, CheckpointError, OSError.
+
+    Arguments that are no flags are refused, unless `words`: main then gets those, and all that come after `--`.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not words:
             raise app.UsageError(f'unexpected argument {argv[1]!r}; flags are written --name=value')
         try:
             main(argv)

@@ -13,7 +13,7 @@ LAYERS = {
     'llm': 3,
     'grading': 4, 'reasoning_cache': 4, 'scaffolds': 4,
     'rl': 5, 'evaluation': 5, 'plan': 5,
-    'cli': 6, 'quickstart': 6,
+    'cli': 6, 'clusters': 6, 'quickstart': 6,
 }
 # Pairs in one layer that may not know each other: layer 1 is three islands, and the trainer is not the sampler's business.
 ISLANDS = [{'model', 'data', 'checkpoint.manager'}]
