@@ -89,7 +89,7 @@ class QuickstartConfig:
     turns: tuple[int, ...] = (1, 2, 4, 8, 16)
     sft: SFTConfig = dataclasses.field(default_factory=_sft)
     rl: RLConfig = dataclasses.field(default_factory=_rl)
-    rc: RLConfig = dataclasses.field(default_factory=lambda: dataclasses.replace(_rl(), steps=50, chains=ChainsConfig(2, DECODING)))
+    rc: RLConfig = dataclasses.field(default_factory=lambda: dataclasses.replace(_rl(), steps=25, chains=ChainsConfig(2, DECODING)))
     seed: int = 0
 
 

@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from test_rl_loop import Slow, Vowels, assert_equal, config, policy, rows_of, train  # noqa: F401
+from test_rl_loop import DiesLater, Slow, Vowels, assert_equal, config, policy, rows_of, train  # noqa: F401
 
 from qedjax.data.chat import prompt_ids
+from qedjax.data.sources import Source
 from qedjax.llm.client import EndpointError
 from qedjax.llm.remote import RemoteConfig
 from qedjax.reasoning_cache.decoder import PhaseConfig, RCConfig
@@ -15,6 +16,7 @@ from qedjax.reasoning_cache.state import Sampled, State, advance, begin
 from qedjax.reasoning_cache.states import Stored
 from qedjax.rl import loop
 from qedjax.rl.chains import Chains, ChainsConfig
+from qedjax.rl.collector import Collector
 from qedjax.rl.config import validate
 from qedjax.rl.problems import Problem, ProblemsConfig
 from qedjax.testing import ScriptedServer, tiny_tokenizer
@@ -134,6 +136,31 @@ def test_a_summariser_that_is_gone_stops_the_run_with_its_state_saved(policy, tm
     steps = [row['step'] for row in rows_of(tmp_path)]
     assert len(steps) > 3
     assert (tmp_path / 'checkpoints' / str(steps[-1]) / 'manifest.json').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [13, 27, 41])
+def test_a_step_that_failed_is_begun_again_exactly(policy, tmp_path, count):  # noqa: F811
+    """What its chains had stored is forgotten with it."""
+    few = tmp_path / 'problems.jsonl'  # so that each comes up in every step
+    few.write_text(''.join((policy / 'problems.jsonl').read_text().splitlines(keepends=True)[:4]))
+    cfg = chained(policy, train=Source(str(few)), save_every=10)
+    whole = train(cfg, tmp_path / 'whole')
+    with pytest.raises(EndpointError, match='gone'):
+        train(cfg, tmp_path / 'cut', DiesLater(count, EndpointError('gone')))
+    assert_equal(train(cfg, tmp_path / 'cut'), whole)
+    assert rows_of(tmp_path / 'whole', 'samples') == rows_of(tmp_path / 'cut', 'samples')
+
+
+def test_a_draw_that_was_under_way_is_made_whatever_its_problem_has_earned_since(policy):  # noqa: F811
+    cfg = chained(policy, chains=dataclasses.replace(CHAINS, least=0.5, most=0.9))
+    problems = [Problem((1,), {'problem': f'{i} a+4'}) for i in range(8)]
+    chains = Chains(cfg.chains, None, tiny_tokenizer('none'), (), 0, problems)
+    for number in range(8):
+        chains.difficulty.update(number, 0.0)
+    collector = Collector(cfg, None, None, problems, chains, draw=6, pending=(3, 1))
+    assert [collector._next()[1] for _ in range(2)] == [1, 3]
+    assert collector._next()[1] > 6  # of new draws some are passed over
 
 
 def test_solved_problems_are_passed_over(policy, tmp_path):  # noqa: F811

@@ -105,6 +105,15 @@ def test_streams_do_not_depend_on_the_engine(expected, case):
     assert_idle(engine)
 
 
+@pytest.mark.parametrize('shards', [1, 2])
+def test_a_request_may_fill_a_single_page(model, shards):
+    """Tables one page wide: what has a size of one still has its sharding."""
+    config = dataclasses.replace(SMALL, max_length=16, cache_tokens=64 * shards)
+    engine = Engine(model, make_rollout_mesh(shards, devices=jax.devices()[:shards]), config, NUM_VALID)
+    (done,) = engine.generate([[1, 2, 3]], [SamplingParams(0.0, 13)])
+    assert len(done.ids) == 13
+
+
 def test_random_cancels_disturb_nobody(engine, expected):
     prompts, params, want = expected
     rng = np.random.default_rng(3)

@@ -111,6 +111,12 @@ class Chains:
                 traces[i] = trace
         return traces
 
+    def known(self) -> tuple[ReplayBuffer, Difficulty]:
+        """Copies of what earlier chains left, which later ones do not change."""
+        means, passed = dict(self.difficulty.means), dict(self.difficulty.passed)
+        return (dataclasses.replace(self.replay, stored=dict(self.replay.stored)),
+                dataclasses.replace(self.difficulty, means=means, passed=passed))
+
     def to_json(self) -> dict[str, Any]:
         """What the next process must know, as JSON can hold it."""
         return {'replay': self.replay.to_json(), 'difficulty': self.difficulty.to_json()}

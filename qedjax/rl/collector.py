@@ -72,7 +72,18 @@ class Collector:
         return sorted(groups, key=lambda group: (group.draw, group.turn or 0))
 
     async def _together(self) -> list[Group]:
-        """Synchronous: the groups of this step are begun together, and nothing else is under way."""
+        """Synchronous: nothing else is under way. A step that fails leaves all as if it had not begun, so that it can begin again."""
+        before, known = (self.draw, list(self._again)), self._chains.known() if self._chains else None
+        try:
+            return await self._begun_together()
+        except RuntimeError:  # of an endpoint
+            self.draw, self._again = before
+            self._open.clear()
+            if self._chains and known:
+                self._chains.replay, self._chains.difficulty = known
+            raise
+
+    async def _begun_together(self) -> list[Group]:
         ready: list[Group] = []
         for _ in range(PATIENCE):
             missing = self._cfg.groups - len(ready)
@@ -119,10 +130,11 @@ class Collector:
     def _next(self) -> tuple[int, int]:
         """Number of the next problem, and of its draw."""
         while True:
-            draw = self._again.pop(0) if self._again else self.draw
+            again = bool(self._again)  # then it has been admitted before
+            draw = self._again.pop(0) if again else self.draw
             self.draw = max(self.draw, draw + 1)
             number = self._number(draw)
-            if not self._chains or self._chains.difficulty.admit(number):
+            if again or not self._chains or self._chains.difficulty.admit(number):
                 self._open.add(draw)
                 return number, draw
 

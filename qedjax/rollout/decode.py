@@ -149,7 +149,7 @@ def _runnable(pool: Pool) -> jax.Array:
 
 def _take_in(pool: Pool, told: Pool, fresh: jax.Array) -> Pool:
     def merge(old, new):
-        return jnp.where(fresh.reshape(*fresh.shape, *[1] * (old.ndim - 2)), new, old)
+        return jnp.where(jnp.expand_dims(fresh, range(2, old.ndim)), new, old)  # a reshape to [1, M, 1] would lose its sharding
 
     merged = jax.tree.map(merge, pool, told)
     return dataclasses.replace(merged, table=told.table, capacity=told.capacity, active=merged.active & told.active)
