@@ -27,7 +27,7 @@ CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Hugging Face folder or Orb
 INPUT = flags.DEFINE_string('input', None, 'JSONL file of prompts.', required=True)
 OUTPUT = flags.DEFINE_string('output', None, 'JSONL file to write; it must not exist.', required=True)
 TURNS = flags.DEFINE_integer('turns', 0, 'Turns of the reasoning cache; 0 samples single completions.', lower_bound=0)
-SUMMARY_TOKENS = flags.DEFINE_integer('summary_tokens', 2048, 'Most tokens a summary, with --turns.')
+SUMMARY_TOKENS = flags.DEFINE_integer('summary_tokens', 2048, 'Most tokens a summary, thinking included, with --turns.')
 SUMMARIES = flags.DEFINE_enum('summaries', MODES[0], MODES, 'Whether a summary replaces the one before, with --turns.')
 RENDERING = flags.DEFINE_enum('rendering', 'proof', list(RENDERINGS), 'Prompts of the chains, with --turns.')
 TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 is greedy.')

@@ -1,7 +1,9 @@
 """RL from states of chains: reproducible and resumed exactly when synchronous; what is trained, stored and refused."""
 
+import asyncio
 import dataclasses
 import json
+import types
 
 import pytest
 from test_rl_loop import DiesLater, Slow, Vowels, assert_equal, config, policy, rows_of, train  # noqa: F401
@@ -20,7 +22,7 @@ from qedjax.rl.collector import Collector
 from qedjax.rl.config import validate
 from qedjax.rl.problems import Problem, ProblemsConfig
 from qedjax.testing import ScriptedServer, tiny_tokenizer
-from qedjax.types import Completion
+from qedjax.types import Completion, Group
 
 PROMPTS = PromptsConfig('bare', 'derivations_continue', 'derivations_summarise')
 DECODING = RCConfig(3, PhaseConfig(10, 0.9), PhaseConfig(6, 0.9), prompts=PROMPTS)
@@ -161,6 +163,26 @@ def test_a_draw_that_was_under_way_is_made_whatever_its_problem_has_earned_since
     collector = Collector(cfg, None, None, problems, chains, draw=6, pending=(3, 1))
     assert [collector._next()[1] for _ in range(2)] == [1, 3]
     assert collector._next()[1] > 6  # of new draws some are passed over
+
+
+def test_sampling_for_a_step_ends_though_a_draw_brings_several_groups(policy, monkeypatch):  # noqa: F811
+    """Ten times the groups of a step, counted by three."""
+    chains = Chains(dataclasses.replace(CHAINS, states=3), None, tiny_tokenizer('none'), (), 0, [Problem((1,), {'problem': '3 a+4'})])
+    drawn = []
+
+    async def states(number, draw):
+        drawn.append(draw)
+        assert len(drawn) < 100
+        return [Problem((1,), {'problem': '3 a+4'}, turn) for turn in range(3)]
+
+    async def ungraded(problem, draw):
+        return Group(draw, '3 a+4', ())
+
+    monkeypatch.setattr(chains, 'states', states)
+    cfg = chained(policy, chains=chains.cfg, groups=1, max_lag=1, in_flight=1)
+    actor = types.SimpleNamespace(group=ungraded)
+    with pytest.raises(RuntimeError, match='none could be trained'):
+        asyncio.run(Collector(cfg, None, actor, [Problem((1,), {'problem': '3 a+4'})], chains).collect(0))
 
 
 def test_solved_problems_are_passed_over(policy, tmp_path):  # noqa: F811

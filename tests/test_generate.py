@@ -14,7 +14,7 @@ from qedjax.data.chat import prompt_ids
 from qedjax.model.transformer import Transformer
 from qedjax.rollout import generate as module
 from qedjax.rollout.engine_config import EngineConfig
-from qedjax.rollout.generate import generate_file
+from qedjax.rollout.generate import generate_file, whole_file
 from qedjax.sharding import MeshConfig, create, make_mesh
 from qedjax.testing import tiny_config, tiny_tokenizer
 from qedjax.types import SamplingParams
@@ -125,3 +125,15 @@ def test_without_a_chat_template_a_prompt_is_plain_text(run, tmp_path):
         module._encode(1, {'messages': [{'role': 'user', 'content': '1+1'}]}, tokenizer, None)
     chat = tiny_tokenizer()
     np.testing.assert_array_equal(module._encode(1, {'prompt': '1+1'}, chat, None), prompt_ids(chat, [{'role': 'user', 'content': '1+1'}]))
+
+
+def test_two_commands_do_not_write_one_output(tmp_path):
+    """The second is refused, and leaves the first alone; what a killed one left is no hindrance."""
+    path = tmp_path / 'out.jsonl'
+    (tmp_path / '.out.jsonl.partial').write_text('half a ro')
+    with whole_file(path) as first:
+        first.write('first')
+        with pytest.raises(ValueError, match='another command is writing'), whole_file(path):
+            pass
+    assert path.read_text() == 'first'
+    assert [entry.name for entry in tmp_path.iterdir()] == ['out.jsonl']

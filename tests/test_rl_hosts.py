@@ -25,7 +25,7 @@ def start_all(folder, workdir, config, *flags):  # noqa: F811
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(('config', 'flags'), [('derivations_rl', ()), ('derivations_rc', (*CHAINS, '--config.chains.replay=8'))])
+@pytest.mark.parametrize(('config', 'flags'), [('derivations_rl', ()), ('derivations_rc', CHAINS)])
 def test_two_processes_make_the_run_of_one(folder, config, flags):  # noqa: F811
     flags = (*flags, '--config.steps=4', '--config.groups=3', '--config.micro_rows=4', *HELD_OUT,
              f'--config.evaluation.source.path={folder}/data/problems.jsonl')

@@ -25,7 +25,7 @@ SMALL = ('--config.groups=2', '--config.group_size=2', '--config.steps=6', '--co
          '--config.engine.slots=4', '--config.engine.staged=4', '--config.engine.prefill_tokens=256',
          '--config.optimizer.learning_rate=1e-2')
 CHAINS = ('--config.chains.decoding.turns=2', '--config.chains.decoding.reason.max_tokens=16',
-          '--config.chains.decoding.summarise.max_tokens=4')
+          '--config.chains.decoding.summarise.max_tokens=4', '--config.chains.replay=4')
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def folder(tmp_path):
     for stage in ('sft', 'rl'):
         save_hf(model, tmp_path / stage)
         tiny_tokenizer('none').save_pretrained(tmp_path / stage)
-    rows = [{'problem': p.text} for p in problems(0, 'train', 8)]
+    rows = [{'problem': p.text} for p in problems(0, 'train', 4)]  # so that replay brings each up again
     (tmp_path / 'data' / 'problems.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return tmp_path
 

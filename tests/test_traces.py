@@ -14,6 +14,7 @@ from qedjax.checkpoint.load import copy_tokenizer
 from qedjax.checkpoint.manager import save_tree
 from qedjax.model.transformer import Transformer
 from qedjax.reasoning_cache import generate as module
+from qedjax.reasoning_cache import state
 from qedjax.reasoning_cache.decoder import PhaseConfig, RCConfig
 from qedjax.reasoning_cache.generate import generate_traces
 from qedjax.reasoning_cache.prompts import RENDERINGS
@@ -114,3 +115,16 @@ def test_the_command(run, tmp_path):
     calls = row['traces'][0]['calls']
     assert [call['phase'] for call in calls] == ['reason', 'summarise', 'reason']
     assert all(len(call['completion']['ids']) <= (8 if call['phase'] == 'reason' else 4) for call in calls)
+
+
+def test_empty_summaries_are_told_of(run, tmp_path, monkeypatch):
+    """A model whose thinking takes the whole budget of a summary leaves none, and its turns know nothing of each other."""
+    told = []
+    monkeypatch.setattr(module.logging, 'warning', lambda text, *args: told.append(text % args))
+    sample(run, tmp_path)
+    assert told == []
+    monkeypatch.setattr(state, 'final_part', lambda *_: state.Sampled())
+    (tmp_path / 'empty').mkdir()
+    sample(run, tmp_path / 'empty')
+    assert len(told) == 1
+    assert told[0].startswith('8 of 8 summaries were empty')

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -54,8 +55,17 @@ def generate_traces(checkpoint: str, input_path: str, output_path: str, cfg: RCC
         for i, row in enumerate(rows):
             file.write(json.dumps(row | {'traces': list(map(_describe, traces[i * n : (i + 1) * n]))}, ensure_ascii=False) + '\n')
     calls.unlink()
+    _warn(traces)
+
+
+def _warn(traces: Sequence[Trace]) -> None:
+    """Says what a reader of the output might not see."""
     if failed := [trace.end for trace in traces if trace.end.startswith('failed')]:
         logging.warning('%d of %d chains failed, e.g. %s', len(failed), len(traces), failed[0])
+    kept = [after.summary is before.summary for trace in traces for before, after in itertools.pairwise(trace.states)]
+    if any(kept):
+        logging.warning('%d of %d summaries were empty, so the turns after them know no more than those before; --summary_tokens bounds '
+                        'the thinking before a summary too: raise it, or turn thinking off', sum(kept), len(kept))
 
 
 def _longest(number: int, row: dict[str, Any], cfg: RCConfig, tokenizer: Any, stops: tuple[int, ...]) -> list[Any]:

@@ -66,7 +66,7 @@ class ReplayBuffer:
 
 @dataclasses.dataclass
 class Difficulty:
-    """Running mean rewards of problems: those outside (least, most) are passed over, but for every `again`-th time they come up.
+    """Running mean rewards of problems: those outside (least, most] are passed over, but for every `again`-th time they come up.
 
     Attributes:
       least, most: mean rewards of problems that are trained; (-1, 1) passes over none.

@@ -37,7 +37,8 @@ class ChainsConfig:
       replay: problems whose summaries are kept to begin later chains with; 0 keeps none.
       horizon: turn from which summaries are not kept any more; 0 is no bound.
       least, most: problems whose running mean reward lies outside (least, most] are mostly passed over.
-      summariser: endpoint that summarises; without base_url the policy does.
+      summariser: endpoint that summarises; without base_url the policy does. It is sent decoding.summarise.top_k unless that is 0, and
+        some servers refuse it.
     """
 
     states: int = 0

@@ -54,7 +54,10 @@ class Collector:
 
     @property
     def pending(self) -> list[int]:
-        """Draws that have been begun and neither trained nor dropped, also when collecting them failed."""
+        """Draws that have been begun and neither trained nor dropped, also when collecting them failed.
+
+        A draw of several states is settled by the first of its groups: made again, it would train that one a second time.
+        """
         return sorted({*self._open, *self._again})
 
     async def collect(self, version: int) -> list[Group]:
@@ -106,7 +109,7 @@ class Collector:
         """The first groups to be ready, while others go on."""
         left = PATIENCE * self._cfg.groups
         self._ready = [group for group in self._ready if self._fresh(group, version)]
-        while len(self._ready) < self._cfg.groups and left:
+        while len(self._ready) < self._cfg.groups and left > 0:  # a draw may bring several groups
             while len(self._making) < self._cfg.in_flight:
                 self._making.add(asyncio.ensure_future(self._groups(*self._next())))
             done, self._making = await asyncio.wait(self._making, return_when=asyncio.FIRST_COMPLETED)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import pathlib
 from collections.abc import Iterator
@@ -77,12 +78,18 @@ def whole_file(path: pathlib.Path) -> Iterator[TextIO]:
         raise ValueError(f'{path} already exists; delete it or name another --output')
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.partial')
-    try:
-        with partial.open('w', encoding='utf-8') as file:
+    with partial.open('a', encoding='utf-8') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f'another command is writing {path}; wait for it, or name another --output') from error
+        file.truncate(0)  # what a killed command left
+        try:
             yield file
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            file.flush()
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_input(path: str, added: str) -> list[dict[str, Any]]:
