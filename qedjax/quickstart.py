@@ -10,10 +10,12 @@ it cannot teach: the teacher slips in arithmetic (RL cures that), and when it co
 import asyncio
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -107,8 +109,10 @@ def run(cfg: QuickstartConfig, workdir: str | pathlib.Path) -> dict[str, list[Po
     logging.info('1/6 data: %d documents of a teacher that slips in %.0f%% of its lines', cfg.documents, 100 * cfg.slip)
     write_data(cfg, data)
     logging.info('2/6 SFT from random weights')
-    train(dataclasses.replace(cfg.sft, tokenizer=str(data / 'tokenizer'), train=Source(str(data / 'train.jsonl')),
-                              evaluation=Source(str(data / 'held_out.jsonl')), seed=cfg.seed), str(workdir / 'sft'))
+    sft = dataclasses.replace(cfg.sft, tokenizer=str(data / 'tokenizer'), train=Source(str(data / 'train.jsonl')),
+                              evaluation=Source(str(data / 'held_out.jsonl')), seed=cfg.seed)
+    # Small steps teach this model most, so there may be fewer rows than devices.
+    train(sft, str(workdir / 'sft'), devices=jax.devices()[: math.gcd(jax.device_count(), sft.batch_size)])
     logging.info('3/6 RL with rubric rewards')
     loop.train(rl_config(cfg, workdir), str(workdir / 'rl'))
     logging.info('4/6 RL from states of the reasoning cache')
