@@ -59,16 +59,20 @@ class MeshConfig:
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Training mesh over `devices` (all by default), Explicit in every axis. Raises ValueError if the sizes do not fit."""
     devices = jax.devices() if devices is None else devices
+    return _explicit_mesh(mesh_sizes(cfg, len(devices)), TRAIN_AXES, devices)
+
+
+def mesh_sizes(cfg: MeshConfig, count: int) -> list[int]:
+    """Sizes of TRAIN_AXES over `count` devices. Raises ValueError if they do not fit."""
     sizes = [getattr(cfg, axis) for axis in TRAIN_AXES]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f'mesh sizes must be positive, with at most one -1: {cfg}')
     known = math.prod(size for size in sizes if size != -1)
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    if count % known or (-1 not in sizes and known != count):
         needed = f'a multiple of {known}' if -1 in sizes else known
         raise ValueError(f'mesh {dict(zip(TRAIN_AXES, sizes, strict=True))} needs {needed} devices, but there are '
-                         f'{len(devices)}; change its sizes so that their product is {len(devices)}')
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    return _explicit_mesh(sizes, TRAIN_AXES, devices)
+                         f'{count}; change its sizes so that their product is {count}')
+    return [count // known if size == -1 else size for size in sizes]
 
 
 def make_rollout_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -104,7 +104,8 @@ def _instruction(name: str, text: str, root: bool) -> Instruction:
         raise ValueError(f'the HLO instruction {name} cannot be read: {text[:80]!r}')
     close = _closing(text, match.end() - 1)
     arguments = text[match.end():close]
-    return Instruction(name, match.group(1), tuple(arrays_of(text[:end])), tuple(_NAME.findall(arguments)), text[close + 1:], arguments, root)
+    operands = tuple(_NAME.findall(arguments))
+    return Instruction(name, match.group(1), tuple(arrays_of(text[:end])), operands, text[close + 1:], arguments, root)
 
 
 def _closing(text: str, start: int) -> int:
