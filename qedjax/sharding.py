@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 TRAIN_AXES = ('data', 'fsdp', 'context', 'tensor')
 ROLLOUT_AXES = ('data', 'tensor')
@@ -91,7 +91,7 @@ def rollout_mesh_of_all(tensor: int, devices: Sequence[jax.Device] | None = None
     return make_rollout_mesh(len(devices) // tensor, tensor, devices)
 
 
-def check_rows(mesh: Mesh, rows: int, length: int, name: str) -> None:
+def check_rows(mesh: Mesh | AbstractMesh, rows: int, length: int, name: str) -> None:
     """Raises ValueError if `name` rows of `length` positions do not share evenly over a training mesh."""
     shards, context = mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['context']
     if rows % shards or length % context:

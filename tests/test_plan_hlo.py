@@ -108,8 +108,13 @@ def test_what_tpus_fuse_counts_once_and_as_what_it_is():
 def test_a_text_that_is_no_module_is_refused():
     with pytest.raises(ValueError, match='not the text'):
         hlo.parse('ENTRY')
-    with pytest.raises(ValueError, match='trip count'):
-        hlo.runs(hlo.parse(TPU.replace('direction=LT', 'direction=GT')))
+
+
+def test_loops_that_data_end_count_once_and_are_named():
+    module = hlo.parse(TPU.replace('direction=LT', 'direction=GT'))
+    assert hlo.uncounted_loops(module) == ['while']
+    assert {c.count for c in collectives(module)} == {1}
+    assert not hlo.uncounted_loops(hlo.parse(TPU))
 
 
 def test_flops_of_products_are_counted_in_loops():

@@ -80,6 +80,11 @@ class Slice:
     def name(self) -> str:
         return f'{self.chip.name}:{"x".join(map(str, self.sides))}'
 
+    @property
+    def host(self) -> 'Slice':
+        """The devices of one host, which one process drives."""
+        return self if self.hosts == 1 else Slice(self.chip, {0: (self.chip.host,), 2: (2, 2), 3: (2, 2, 1)}[self.chip.torus])
+
     def share(self, group: int) -> float:
         """Part of a device's links that a collective among `group` devices can use: those along the sides that the group fills."""
         if not self.chip.torus:

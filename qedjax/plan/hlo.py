@@ -137,7 +137,10 @@ class Run:
 
 
 def runs(module: Module) -> list[Run]:
-    """Every computation with how often the module runs it: trip counts of loops multiplied, each branch of a conditional counted."""
+    """Every computation with how often the module runs it: trip counts of loops multiplied, each branch of a conditional counted.
+
+    A loop whose trip count depends on data counts once; uncounted_loops tells which.
+    """
     found: list[Run] = []
 
     def visit(name: str, count: int, fused: bool, owner: str) -> None:
@@ -147,9 +150,8 @@ def runs(module: Module) -> list[Run]:
                 for called in instruction.called('calls'):
                     visit(called, count, True, owner)
             elif instruction.opcode == 'while':
-                trips = trip_count(module, instruction)
                 for called in instruction.called('body'):
-                    visit(called, count * trips, fused, called)
+                    visit(called, count * (trip_count(module, instruction) or 1), fused, called)
             elif instruction.opcode in ('call', 'async-start', 'conditional'):
                 names = [n for a in ('to_apply', 'calls', 'branch_computations', 'true_computation', 'false_computation')
                          for n in instruction.called(a)]
@@ -160,15 +162,18 @@ def runs(module: Module) -> list[Run]:
     return found
 
 
-def trip_count(module: Module, loop: Instruction) -> int:
-    """Iterations of a while loop that counts up from 0 by 1; of one that may also stop earlier, the most. Raises ValueError if unknown."""
+def uncounted_loops(module: Module) -> list[str]:
+    """Names of the loops that run as often as the data say."""
+    return [i.name for run in runs(module) for i in module.computations[run.computation].values()
+            if i.opcode == 'while' and trip_count(module, i) is None]
+
+
+def trip_count(module: Module, loop: Instruction) -> int | None:
+    """Iterations of a while loop that counts up from 0 by 1; of one that may also stop earlier, the most; None if data tell."""
     if match := _TRIPS.search(loop.attributes):
         return int(match.group(1))
-    condition = loop.called('condition')[0]
-    bounds = _bounds(module, condition)
-    if len(bounds) != 1:
-        raise ValueError(f'the trip count of the loop {loop.name} cannot be read from its condition {condition}')
-    return bounds.pop()
+    bounds = _bounds(module, loop.called('condition')[0])
+    return bounds.pop() if len(bounds) == 1 else None
 
 
 def _bounds(module: Module, computation: str) -> set[int]:

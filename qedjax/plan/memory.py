@@ -19,10 +19,14 @@ from qedjax.train.step import init_state
 REPLICATED = 64 * 10**6  # bytes above which an array should be split
 
 
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A training mesh of no devices."""
+    return AbstractMesh(tuple(sizes.values()), TRAIN_AXES, axis_types=(AxisType.Explicit,) * len(TRAIN_AXES))
+
+
 def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, sizes: dict[str, int]):
     """The train state as shapes with shardings, on a mesh of no devices."""
-    mesh = AbstractMesh(tuple(sizes.values()), TRAIN_AXES, axis_types=(AxisType.Explicit,) * len(TRAIN_AXES))
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(sizes)):
         return jax.eval_shape(lambda: init_state(Transformer(model, jax.random.key(0)), make_optimizer(optimizer, 1)))
 
 

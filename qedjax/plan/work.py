@@ -46,16 +46,16 @@ def micro_batch(model: ModelConfig, sizes: dict[str, int], slice: Slice, rows: i
 
 
 def executed_flops(model: ModelConfig, rows: int, length: int) -> float:
-    """FLOPs of a micro-batch with what is computed anew: products of layers by policy, logits once, attention as splash does it.
+    """FLOPs of a micro-batch with what is computed anew: products of layers by policy, logits once, scores of attention.
 
-    Splash: 2 products in the forward kernel, and 7 in the backward ones, where the model counts 4.
+    The model counts 2 products of attention forward and 4 backward; backward kernels do 5, splash 7 in its two.
     """
     head = 2 * model.vocab_size * model.embed_dim
     matrices = 2 * (model.num_params - model.vocab_size * model.embed_dim * (1 if model.tie_embeddings else 2))
     product = model.num_layers * model.num_heads * model.head_dim * length  # of one causal product a token
     again = {'full': 1.0, 'attention': 1.0, 'dots': 0.0, 'none': 0.0}[model.remat]
     down = 2 * model.num_layers * model.mlp_dim * model.embed_dim  # nothing in the backward pass needs its result
-    attention = 2 + 7 + (2 if model.remat in ('full', 'dots') else 0)
+    attention = 2 + (7 if model.attention == 'splash' else 5) + (2 if model.remat in ('full', 'dots') else 0)
     return rows * length * (4 * head + 3 * matrices + again * (matrices - down) + attention * product)
 
 
