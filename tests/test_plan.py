@@ -118,6 +118,24 @@ def test_what_a_longer_answer_costs():
     assert short.learn_seconds < long.learn_seconds / 2
 
 
+@pytest.mark.parametrize(('message', 'used'), [
+    ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded by 1.5G.', 17.25 * 2**30),
+    ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, HLO temporaries (147.00G) exceeds available HBM (95.74G).', 147 * 2**30),
+    ('RESOURCE_EXHAUSTED: something else', 0)])
+def test_a_program_that_does_not_fit_is_still_planned(monkeypatch, message, used):
+    def compile(*_):
+        raise programs.OutOfMemory('the train step', message)
+
+    monkeypatch.setattr(programs, 'can_compile', lambda slice: True)
+    monkeypatch.setattr(programs, 'sft_programs', compile)
+    monkeypatch.setattr(programs, 'topology_devices', lambda name: jax.devices())
+    made = plan(config('qed_nano_sft', mesh=MeshConfig(fsdp=8), batch_size=8), parse_topology('v5e:2x4'))
+    assert made.used == used
+    assert made.peak >= used
+    assert not made.compiled
+    assert any('the train step does not fit' in note for note in made.notes)
+
+
 @pytest.mark.parametrize(('name', 'topology', 'changes', 'reason'), [
     ('qed_nano_sft', 'v5p:2x2x2', {}, 'needs 64 devices'), ('qed_nano_sft', 'v5p:4x4x4', {'batch_size': 8}, 'cannot be shared evenly'),
     ('qed_nano_sft', 'v5p:4x4x4', {'optimizer': OptimizerConfig(name='adam')}, 'choose one of'),

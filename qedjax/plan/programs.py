@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 from typing import Any
 
 import jax
@@ -35,6 +36,16 @@ from qedjax.types import RLBatch, TrainBatch
 # libtpu would otherwise look for hardware and for a metadata server, lock out other processes, and write to stderr.
 ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_MIN_LOG_LEVEL': '3',
                'TPU_STDERR_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+
+
+class OutOfMemory(ValueError):
+    """A program that the compiler could not fit into HBM; `used` bytes are what it came to."""
+
+    def __init__(self, name: str, message: str):
+        sizes = re.findall(r'([\d.]+)([KMGT])\b', message)[:2]  # 'Used 17.2G of 15.75G hbm', '... (147.03G) exceeds available HBM (95.74G)'
+        self.used = float(sizes[0][0]) * 1024 ** ' KMGT'.index(sizes[0][1]) if sizes else 0.0
+        super().__init__(f'{name} does not fit: to the compiler it came to {" of ".join("".join(size) for size in sizes)}' if sizes else
+                         f'{name} does not fit: {message.splitlines()[0][:200]}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +97,16 @@ def topology_devices(name: str) -> list:
         raise ValueError(f'libtpu has no topology {name!r}: {str(error).splitlines()[0][:160]}') from error
 
 
+def build(name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program. Raises OutOfMemory if it does not fit."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        raise OutOfMemory(name, str(error)) from error
+
+
 def measure(name: str, compiled: jax.stages.Compiled) -> Program:
     """What a compiled program needs, computes and sends."""
     memory: Any = compiled.memory_analysis()
@@ -103,7 +124,7 @@ def sft_programs(cfg: SFTConfig, model: ModelConfig, mesh: Mesh, num_valid: int)
     step = make_train_step(functools.partial(next_token_loss, num_valid=num_valid), tx, cfg.optimizer.clip_norm, cfg.seed)
     shape = cfg.accumulation, cfg.batch_size // cfg.accumulation, cfg.row_length
     with jax.set_mesh(mesh):
-        return {'step': measure('train step', step.lower(state, _rows(TrainBatch, mesh, shape)).compile())}
+        return {'step': measure('train step', build('the train step', step.lower(state, _rows(TrainBatch, mesh, shape))))}
 
 
 def rl_programs(cfg: RLConfig, model: ModelConfig, mesh: Mesh, num_valid: int) -> dict[str, Program]:
@@ -115,8 +136,8 @@ def rl_programs(cfg: RLConfig, model: ModelConfig, mesh: Mesh, num_valid: int) -
     rows = _rows(RLBatch, mesh, (cfg.micro_rows, cfg.row_length))
     sums = abstract(lambda: jax.eval_shape(zero, state.model, rows), mesh)
     with jax.set_mesh(mesh):
-        return {'add': measure('gradient of a micro-batch', add.lower(state.model, sums, rows).compile()),
-                'apply': measure('update', apply.lower(state, sums).compile())}
+        lowered = {'gradient of a micro-batch': add.lower(state.model, sums, rows), 'update': apply.lower(state, sums)}
+    return {key: measure(name, build(f'the {name}', lowered[name])) for key, name in zip(('add', 'apply'), lowered, strict=True)}
 
 
 def _rows(kind: type, mesh: Mesh, shape: tuple[int, ...]):
@@ -143,13 +164,13 @@ def compile_engine(mesh: Mesh, cfg: ModelConfig, config: EngineConfig, num_valid
     pool = jax.tree.map(shape, engine.blank_pool(members, width, config))
     programs = {}
     with jax.set_mesh(mesh):
-        programs['decode'] = decode.decode.lower(
+        programs['decode'] = build('decode', decode.decode.lower(
             model, cache, pool, pool, shape(np.zeros(members, bool)), slots=config.slots // shards, steps=config.steps,
-            num_valid=num_valid, top=config.top_logprobs, entropy=config.entropy).compile()
+            num_valid=num_valid, top=config.top_logprobs, entropy=config.entropy))
         for rows, length in (max(prefill_shapes(config)), max(prefill_shapes(config), key=lambda shape: shape[1])):
             ids = jax.ShapeDtypeStruct((shards * rows, length), jnp.int32)
             table = jax.ShapeDtypeStruct((shards * rows, width), jnp.int32)
-            programs[f'prefill {rows}x{length}'] = decode.prefill.lower(model, cache, ids, ids, table).compile()
+            programs[f'prefill {rows}x{length}'] = build('prefill', decode.prefill.lower(model, cache, ids, ids, table))
     return programs
 
 

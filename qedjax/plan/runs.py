@@ -39,6 +39,7 @@ class Plan:
       steps: of the run.
       tokens: that a step trains.
       rollout: of an RL run.
+      used: bytes that the compiler came to, where it gave up.
       checks: sentences on what was looked for in the compiled programs; notes: what a reader must know.
     """
 
@@ -55,10 +56,11 @@ class Plan:
     rollout: 'Rollout | None' = None
     checks: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    used: float = 0.0
 
     @property
     def peak(self) -> float:
-        return sum(self.held.values()) + max(self.passing.values(), default=0.0)
+        return max(sum(self.held.values()) + max(self.passing.values(), default=0.0), self.used)
 
     @property
     def learn_seconds(self) -> float:
@@ -115,9 +117,18 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
     if not compile:
         notes.append('estimated from the model\'s shape: ' + ('GPUs cannot be compiled for from here' if not slice.chip.torus else
                                                               'not compiled (libtpu is missing or compiling was switched off)'))
-    if isinstance(cfg, SFTConfig):
-        return _plan_sft(cfg, slice, sizes, model, num_valid, compile, notes)
-    return _plan_rl(cfg, slice, sizes, model, num_valid, compile, answer, notes)
+    def make(compile: bool) -> Plan:
+        if isinstance(cfg, SFTConfig):
+            return _plan_sft(cfg, slice, sizes, model, num_valid, compile, list(notes))
+        return _plan_rl(cfg, slice, sizes, model, num_valid, compile, answer, list(notes))
+
+    try:
+        return make(compile)
+    except programs.OutOfMemory as error:
+        made = make(compile=False)
+        made.used = error.used
+        made.notes.append(f'{error}; all other figures are estimates')
+        return made
 
 
 def _model(cfg: SFTConfig | RLConfig) -> tuple[ModelConfig, int, list[str]]:
@@ -165,28 +176,48 @@ def _plan_rl(cfg: RLConfig, slice: Slice, sizes, model, num_valid, compile, answ
     least = micro.times(micros).plus(update)
     rollout_model, config, shards = _engine(cfg, model, slice)
     cache = programs.cache_bytes(rollout_model, config, shards, cfg.tensor)
-    weights = rollout_model.num_params * 2 / cfg.tensor
-    held = _state_bytes(state) | {'rollout weights': weights, 'KV cache': float(cache)}
+    held = _state_bytes(state) | {'rollout weights': rollout_model.num_params * 2 / cfg.tensor, 'KV cache': float(cache)}
+    plan = Plan(slice, model, sizes, compile, held, {}, least, least, cfg.steps, answers * longest, notes=notes)
     found: dict[str, Program] = {}
     if compile:
         found = programs.rl_programs(cfg, model, make_mesh(cfg.mesh, programs.topology_devices(slice.name)), num_valid)
-        host = slice.host
-        mesh = make_rollout_mesh(shards, cfg.tensor, programs.topology_devices(host.name))
-        found |= {name: programs.measure(name, compiled)
-                  for name, compiled in programs.compile_engine(mesh, rollout_model, config, num_valid).items()}
-        done = _done(found['add'], slice, micro.model_flops).times(micros).plus(_done(found['apply'], slice, 0.0))
-        passing = _passing(found, held)
+        plan.step = _done(found['add'], slice, micro.model_flops).times(micros).plus(_done(found['apply'], slice, 0.0))
+        plan.passing = _passing(found, held)
     else:
-        done = least
-        passing = {'train step (estimated)': float(memory.gradient_bytes(model, sizes) + memory.activation_bytes(
-            model, sizes, cfg.micro_rows, cfg.row_length))}
-    plan = Plan(slice, model, sizes, compile, held, passing, done, least, cfg.steps, answers * longest, None,
-                _checks(found, state, model, sizes, cfg.micro_rows, cfg.row_length), notes)
-    plan.rollout = _rollout(cfg, plan, rollout_model, config, shards, answer)
+        plan.passing['train step (estimated)'] = memory.gradient_bytes(model, sizes) + memory.activation_bytes(
+            model, sizes, cfg.micro_rows, cfg.row_length)
+    plan.checks = _checks(found, state, model, sizes, cfg.micro_rows, cfg.row_length)
+    fitting = _fitting(plan, rollout_model, config, cfg.tensor) * shards
+    if compile:
+        plan.passing |= _compile_engine(cfg, plan, rollout_model, config, shards, fitting, num_valid)
+    plan.rollout = _rollout(cfg, plan, rollout_model, config, shards, fitting, answer)
     notes.append(f'a step: {answers} answers of {answer:,} tokens in {micros} micro-batches of {cfg.micro_rows} rows')
     if slice.hosts > 1 and cfg.max_lag:
         notes.append(f'max_lag={cfg.max_lag}: RL in several processes is synchronous for now and refuses this; set max_lag=0')
     return plan
+
+
+def _fitting(plan: Plan, model: ModelConfig, config: EngineConfig, tensor: int) -> int:
+    """Positions of whole pages that fit a data shard beside all else."""
+    free = ROOM * plan.slice.chip.hbm - (plan.peak - plan.held['KV cache'])
+    pages = free / memory.kv_bytes(model, tensor) // config.page_size - 2  # nobody's page, and one for a shared last page
+    return max(int(pages), 0) * config.page_size
+
+
+def _compile_engine(cfg: RLConfig, plan: Plan, model: ModelConfig, config: EngineConfig, shards: int, fitting: int, num_valid: int
+                    ) -> dict[str, float]:
+    """What the engine's programs need beside what is held, compiled with the configured cache or, if that is too large, what fits."""
+    configured = engine_config.pages_a_shard(config, model, shards) * config.page_size * shards
+    if fitting < configured:
+        plan.notes.append(f'the cache of {configured:,} positions an engine does not fit: set --config.engine.cache_tokens={fitting}')
+        config = dataclasses.replace(config, cache_tokens=fitting)
+    if fitting < model.max_positions:
+        return {}
+    mesh = make_rollout_mesh(shards, cfg.tensor, programs.topology_devices(plan.slice.host.name))
+    compiled = programs.compile_engine(mesh, model, config, num_valid)
+    cache = programs.cache_bytes(model, config, shards, cfg.tensor)
+    found = {name: programs.measure(name, program) for name, program in compiled.items()}
+    return _passing(found, plan.held | {'KV cache': float(cache)})
 
 
 def _engine(cfg: RLConfig, model: ModelConfig, slice: Slice) -> tuple[ModelConfig, EngineConfig, int]:
@@ -201,13 +232,12 @@ def _engine(cfg: RLConfig, model: ModelConfig, slice: Slice) -> tuple[ModelConfi
     return rollout, config, shards
 
 
-def _rollout(cfg: RLConfig, plan: Plan, model: ModelConfig, config: EngineConfig, shards: int, answer: int) -> Rollout:
+def _rollout(cfg: RLConfig, plan: Plan, model: ModelConfig, config: EngineConfig, shards: int, fitting: int,
+             answer: int) -> Rollout:
     """Sampling of a step's answers with as many rows as slots, cache and answers allow."""
     engines, full = plan.slice.hosts, cfg.problems.max_prompt + answer
-    a_token = memory.kv_bytes(model, cfg.tensor)
     cached = engine_config.pages_a_shard(config, model, shards) * config.page_size * shards * engines
-    free = ROOM * plan.slice.chip.hbm - (plan.peak - plan.held['KV cache'])
-    fitting = max(free / a_token, 0.0) * shards * engines
+    fitting *= engines
     context, answers = cfg.problems.max_prompt + answer / 2, cfg.groups * cfg.group_size
     if cfg.chains.states:  # the turns of chains are sampled besides
         answers += cfg.groups // cfg.chains.states * (cfg.chains.decoding.turns - (not cfg.chains.replay))
