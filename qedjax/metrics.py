@@ -25,7 +25,7 @@ _PACKAGES = ('qedjax', 'jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkp
              'datasets', 'safetensors')
 
 # Dense bf16 peak of one JAX device, by a part of its `device_kind`; the first match wins. Sources: the Cloud TPU system
-# architecture pages and NVIDIA data sheets. JAX calls v5e 'TPU v5 lite', v5p 'TPU v5' and v6e 'TPU v6 lite'.
+# architecture pages and NVIDIA data sheets. JAX calls v5e 'TPU v5 lite', v5p 'TPU v5' and v6e 'TPU v6 lite'; a TPU7x chip is two devices.
 _PEAK_FLOPS = {
     'TPU v4 lite': 138e12,
     'TPU v4': 275e12,
@@ -33,6 +33,7 @@ _PEAK_FLOPS = {
     'TPU v5e': 197e12,
     'TPU v5': 459e12,
     'TPU v6': 918e12,
+    'TPU7x': 1153.5e12,
     'A100': 312e12,
     'H100 PCIe': 756e12,
     'H100 NVL': 835e12,
@@ -186,8 +187,13 @@ def write_run_files(workdir: str | os.PathLike, config: Any) -> None:
 
 def mfu(flops_per_second: float, device: jax.Device | None = None) -> float | None:
     """Share of the dense bf16 peak of one device that `flops_per_second` on it is; None if its peak is not known."""
-    kind = (device or jax.devices()[0]).device_kind
-    return next((flops_per_second / peak for part, peak in _PEAK_FLOPS.items() if part in kind), None)
+    peak = peak_flops((device or jax.devices()[0]).device_kind)
+    return flops_per_second / peak if peak else None
+
+
+def peak_flops(kind: str) -> float | None:
+    """Dense bf16 FLOPs a second of a JAX device of this kind; None if not known."""
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in kind), None)
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 TRAIN_AXES = ('data', 'fsdp', 'context', 'tensor')
 ROLLOUT_AXES = ('data', 'tensor')
@@ -59,16 +59,20 @@ class MeshConfig:
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Training mesh over `devices` (all by default), Explicit in every axis. Raises ValueError if the sizes do not fit."""
     devices = jax.devices() if devices is None else devices
+    return _explicit_mesh(mesh_sizes(cfg, len(devices)), TRAIN_AXES, devices)
+
+
+def mesh_sizes(cfg: MeshConfig, count: int) -> list[int]:
+    """Sizes of TRAIN_AXES over `count` devices. Raises ValueError if they do not fit."""
     sizes = [getattr(cfg, axis) for axis in TRAIN_AXES]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f'mesh sizes must be positive, with at most one -1: {cfg}')
     known = math.prod(size for size in sizes if size != -1)
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    if count % known or (-1 not in sizes and known != count):
         needed = f'a multiple of {known}' if -1 in sizes else known
         raise ValueError(f'mesh {dict(zip(TRAIN_AXES, sizes, strict=True))} needs {needed} devices, but there are '
-                         f'{len(devices)}; change its sizes so that their product is {len(devices)}')
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    return _explicit_mesh(sizes, TRAIN_AXES, devices)
+                         f'{count}; change its sizes so that their product is {count}')
+    return [count // known if size == -1 else size for size in sizes]
 
 
 def make_rollout_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -87,7 +91,7 @@ def rollout_mesh_of_all(tensor: int, devices: Sequence[jax.Device] | None = None
     return make_rollout_mesh(len(devices) // tensor, tensor, devices)
 
 
-def check_rows(mesh: Mesh, rows: int, length: int, name: str) -> None:
+def check_rows(mesh: Mesh | AbstractMesh, rows: int, length: int, name: str) -> None:
     """Raises ValueError if `name` rows of `length` positions do not share evenly over a training mesh."""
     shards, context = mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['context']
     if rows % shards or length % context:

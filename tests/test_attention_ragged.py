@@ -55,5 +55,5 @@ def test_the_engine_of_the_4b_model_compiles_with_its_cache_in_place(topology):
     assert len(programs) == 3
     for compiled in programs.values():
         assert 'tpu_custom_call' in compiled.as_text()
-        assert 'written in place' in aot_rollout.describe(compiled, aot_rollout.cache_bytes(mesh, cfg, config))
+        assert 'written in place' in aot_rollout.describe(compiled, aot_rollout.cache_bytes(cfg, config, 1, 4))
         assert compiled.memory_analysis().temp_size_in_bytes < 2**30

@@ -1,7 +1,6 @@
 """Splash attention inside a real layer, compiled ahead of time for TPU topologies by the libtpu wheel; no TPU is needed."""
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +11,17 @@ from qedjax.model.attention import attend_packed
 from qedjax.model.presets import qwen3_4b
 from qedjax.model.rope import rope_angles
 from qedjax.model.transformer import Block, rematerialize
+from qedjax.plan.programs import topology_devices
 from qedjax.sharding import MeshConfig, abstract, make_mesh, spec
 
 pytestmark = pytest.mark.tpu_aot
 
-# libtpu would otherwise look for hardware and for a metadata server, lock out other processes, and write to stderr.
-ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_MIN_LOG_LEVEL': '3',
-               'TPU_STDERR_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 def topology_mesh(name, mesh_config):
     pytest.importorskip('libtpu', reason='needs the libtpu wheel')
-    from jax.experimental import topologies
-
-    os.environ.update(ENVIRONMENT)
-    return make_mesh(mesh_config, topologies.get_topology_desc(name, platform='tpu').devices)
+    return make_mesh(mesh_config, topology_devices(name))
 
 
 def compile_layer(mesh, length, **changes):

@@ -79,14 +79,7 @@ def make_summed_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, c
     As make_train_step, but nothing is divided: the weights of the rows hold the whole normaliser, and metrics are sums. Three programs
     serve every number of micro-batches, so none is compiled for a number that has not been seen.
     """
-    zero = jax.jit(lambda model, rows: _zero_sums(loss_fn, model, rows))
-    add = jax.jit(lambda model, sums, rows: _add_micro(loss_fn, model, sums, rows), donate_argnums=1)
-
-    def apply(state, sums):
-        (loss, metrics), grads = sums
-        return _update(state, loss, metrics, grads, jnp.bool_(True), optimizer, clip_norm, seed)
-
-    apply = jax.jit(apply, donate_argnums=0)
+    zero, add, apply = summed_programs(loss_fn, optimizer, clip_norm, seed)
 
     def step(state: TrainState, micro_batches: Sequence[TrainBatch]) -> tuple[TrainState, dict[str, jax.Array]]:
         sums = zero(state.model, micro_batches[0])
@@ -95,6 +88,20 @@ def make_summed_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, c
         return apply(state, sums)
 
     return step
+
+
+def summed_programs(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, seed: int):
+    """The programs of make_summed_step: zero(model, rows) -> sums, add(model, sums, rows) -> sums, apply(state, sums) -> (state, metrics).
+
+    Sums are ((loss, metrics), gradient); `add` reuses their buffers, `apply` those of the state.
+    """
+    def apply(state, sums):
+        (loss, metrics), grads = sums
+        return _update(state, loss, metrics, grads, jnp.bool_(True), optimizer, clip_norm, seed)
+
+    zero = jax.jit(lambda model, rows: _zero_sums(loss_fn, model, rows))
+    add = jax.jit(lambda model, sums, rows: _add_micro(loss_fn, model, sums, rows), donate_argnums=1)
+    return zero, add, jax.jit(apply, donate_argnums=0)
 
 
 def _zero_sums(loss_fn: LossFn, model: Transformer, rows: TrainBatch):

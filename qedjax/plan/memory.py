@@ -1,0 +1,80 @@
+"""What a run keeps on each device, from its config alone: parameters, optimizer, gradients, saved activations, cache.
+
+State is measured exactly, on shapes that are never made; what the compiler needs besides is an estimate, for where it cannot be asked.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from qedjax.model.config import ModelConfig
+from qedjax.model.transformer import Transformer
+from qedjax.sharding import TRAIN_AXES
+from qedjax.train.optimizer import OptimizerConfig, make_optimizer
+from qedjax.train.step import init_state
+
+REPLICATED = 64 * 10**6  # bytes above which an array should be split
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A training mesh of no devices."""
+    return AbstractMesh(tuple(sizes.values()), TRAIN_AXES, axis_types=(AxisType.Explicit,) * len(TRAIN_AXES))
+
+
+def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, sizes: dict[str, int]):
+    """The train state as shapes with shardings, on a mesh of no devices."""
+    with jax.sharding.use_abstract_mesh(abstract_mesh(sizes)):
+        return jax.eval_shape(lambda: init_state(Transformer(model, jax.random.key(0)), make_optimizer(optimizer, 1)))
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Bytes of a device's part of all arrays."""
+    return sum(_local(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def replicated(tree: Any) -> list[tuple[str, int]]:
+    """Arrays above REPLICATED bytes of which every device has a whole copy, though there are several devices."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if size > REPLICATED and _local(leaf) == math.prod(leaf.shape) and leaf.sharding.mesh.size > 1:
+            found.append((jax.tree_util.keystr(path), size))
+    return found
+
+
+def _local(leaf: jax.ShapeDtypeStruct) -> int:
+    sharding: Any = leaf.sharding
+    axes = jax.tree.leaves(tuple(sharding.spec)) if sharding is not None else []
+    return math.prod(leaf.shape) // math.prod(sharding.mesh.shape[axis] for axis in axes)
+
+
+def gradient_bytes(model: ModelConfig, sizes: dict[str, int]) -> int:
+    """Sums of float32 gradients on a device."""
+    return 4 * model.num_params // (sizes['fsdp'] * sizes['tensor'])
+
+
+def activation_bytes(model: ModelConfig, sizes: dict[str, int], rows: int, length: int) -> int:
+    """Estimate of what a micro-batch of `rows` rows needs on a device beside state and gradients.
+
+    That is: weights cast to the compute dtype, what the remat policy keeps of every layer, the backward pass of one layer (its weights
+    whole, and about three copies of its largest activations), and the logits of one block of the vocabulary.
+    """
+    item, tensor = jnp.dtype(model.dtype).itemsize, sizes['tensor']
+    positions = rows * length // (sizes['data'] * sizes['fsdp'] * sizes['context'])
+    heads, kv, mlp = (n // tensor for n in (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.mlp_dim))
+    layer = (model.num_params - model.vocab_size * model.embed_dim * (1 if model.tie_embeddings else 2)) // model.num_layers
+    kept = {'full': 0, 'attention': heads, 'dots': 2 * heads + 2 * kv + 2 * mlp + 2 * model.embed_dim,
+            'none': 4 * heads + 4 * kv + 4 * mlp + 4 * model.embed_dim}[model.remat]
+    saved = model.num_layers * positions * (model.embed_dim + kept) * item
+    working = 3 * positions * (model.embed_dim + heads + 2 * kv + 2 * mlp) * item + 3 * layer // tensor * item
+    logits = 2 * 4 * max(2**24, 1024 * positions)
+    cast = item * model.num_params // (sizes['fsdp'] * tensor)
+    return cast + saved + working + logits
+
+
+def kv_bytes(model: ModelConfig, tensor: int) -> int:
+    """Bytes that one cached position takes on each of the devices that share its heads."""
+    return model.num_layers * 2 * math.ceil(model.num_kv_heads / tensor) * model.head_dim * jnp.dtype(model.dtype).itemsize
