@@ -121,6 +121,7 @@ def test_what_a_longer_answer_costs():
 @pytest.mark.parametrize(('message', 'used'), [
     ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded by 1.5G.', 17.25 * 2**30),
     ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, HLO temporaries (147.00G) exceeds available HBM (95.74G).', 147 * 2**30),
+    ('RESOURCE_EXHAUSTED: Ran out of memory in memory space smem. Used 1.01M of 1.00M smem.', 0),
     ('RESOURCE_EXHAUSTED: something else', 0)])
 def test_a_program_that_does_not_fit_is_still_planned(monkeypatch, message, used):
     def compile(*_):

@@ -29,6 +29,7 @@ ANSWER = flags.DEFINE_integer('answer', 0, 'Tokens of an answer on average (RL);
 def main(_) -> None:
     if CONFIG.value is None:
         raise ValueError('no --config: name one of configs/*.py, e.g. --config=configs/qed_nano_sft.py')
+    _ = CONFIG.value.mesh  # of a file that is missing or broken, any field raises what is wrong with it
     slice = parse_topology(TOPOLOGY.value)
     jax.config.update('jax_platforms', 'cpu')  # nothing runs here
     start = time.monotonic()

@@ -39,12 +39,15 @@ ENVIRONMENT = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', '
 
 
 class OutOfMemory(ValueError):
-    """A program that the compiler could not fit into HBM; `used` bytes are what it came to."""
+    """A program that the compiler could not fit into HBM, of which it wanted `used` bytes, or into on-chip memory (`used` is 0)."""
 
     def __init__(self, name: str, message: str):
         sizes = re.findall(r'([\d.]+)([KMGT])\b', message)[:2]  # 'Used 17.2G of 15.75G hbm', '... (147.03G) exceeds available HBM (95.74G)'
-        self.used = float(sizes[0][0]) * 1024 ** ' KMGT'.index(sizes[0][1]) if sizes else 0.0
-        super().__init__(f'{name} does not fit: to the compiler it came to {" of ".join("".join(size) for size in sizes)}' if sizes else
+        space = re.search(r'memory space (\w+)', message)
+        hbm = not space or space.group(1) == 'hbm'
+        self.used = float(sizes[0][0]) * 1024 ** ' KMGT'.index(sizes[0][1]) if sizes and hbm else 0.0
+        super().__init__(f'{name} does not fit: it needs {" of ".join("".join(size) for size in sizes)} '
+                         f'{"HBM" if hbm else space and space.group(1)}' if sizes else
                          f'{name} does not fit: {message.splitlines()[0][:200]}')
 
 

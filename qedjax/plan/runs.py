@@ -214,7 +214,11 @@ def _compile_engine(cfg: RLConfig, plan: Plan, model: ModelConfig, config: Engin
     if fitting < model.max_positions:
         return {}
     mesh = make_rollout_mesh(shards, cfg.tensor, programs.topology_devices(plan.slice.host.name))
-    compiled = programs.compile_engine(mesh, model, config, num_valid)
+    try:
+        compiled = programs.compile_engine(mesh, model, config, num_valid)
+    except programs.OutOfMemory as error:
+        plan.notes.append(f'{error}; lower --config.engine.slots={config.slots}')
+        return {}
     cache = programs.cache_bytes(model, config, shards, cfg.tensor)
     found = {name: programs.measure(name, program) for name, program in compiled.items()}
     return _passing(found, plan.held | {'KV cache': float(cache)})
