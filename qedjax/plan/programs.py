@@ -86,7 +86,7 @@ class Program:
 
 def can_compile(slice: Slice) -> bool:
     """Whether this machine can compile for these accelerators."""
-    return slice.chip.torus > 0 and importlib.util.find_spec('libtpu') is not None
+    return bool(slice.chip.aot) and importlib.util.find_spec('libtpu') is not None
 
 
 def topology_devices(name: str) -> list:
