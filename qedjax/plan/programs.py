@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -103,7 +104,9 @@ def topology_devices(name: str) -> list:
 def build(name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compiles a program. Raises OutOfMemory if it does not fit."""
     try:
-        return lowered.compile()
+        with warnings.catch_warnings():  # JAX's cache on disk takes such programs in but cannot read them: they are compiled anew
+            warnings.filterwarnings('ignore', message='Error reading persistent compilation cache')
+            return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
