@@ -11,7 +11,7 @@ from qedjax.model.attention import attend_packed
 from qedjax.model.presets import qwen3_4b
 from qedjax.model.rope import rope_angles
 from qedjax.model.transformer import Block, rematerialize
-from qedjax.plan.programs import topology_devices
+from qedjax.plan.programs import build, topology_devices
 from qedjax.sharding import MeshConfig, abstract, make_mesh, spec
 
 pytestmark = pytest.mark.tpu_aot
@@ -40,7 +40,7 @@ def compile_layer(mesh, length, **changes):
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(mesh, spec('batch', 'sequence')))
         x = jax.ShapeDtypeStruct((rows, length, cfg.embed_dim), jnp.dtype(cfg.dtype),
                                  sharding=NamedSharding(mesh, spec('batch', 'sequence', None)))
-        return jax.jit(jax.value_and_grad(loss)).lower(block, x, ids, ids).compile()
+        return build('the layer', jax.jit(jax.value_and_grad(loss)).lower(block, x, ids, ids))
 
 
 def test_long_rows_fit_v5e():

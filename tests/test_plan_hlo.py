@@ -125,6 +125,18 @@ def test_flops_of_products_are_counted_in_loops():
     assert costs.flops(module) == 5 * 2 * 8 * 64 * 64
 
 
+@pytest.mark.parametrize(('rows', 'times'), [('', 1), ('2,', 2)])
+def test_flops_of_splash_kernels_are_those_of_the_blocks_that_it_visits(rows, times):
+    text = f"""HloModule m
+ENTRY %main (m: s8[1,4,4], q: bf16[{rows}8,4096,128]) -> bf16[{rows}8,4096,128] {{
+  %m = s8[1,4,4] parameter(0)
+  %q = bf16[{rows}8,4096,128] parameter(1)
+  ROOT %splash_mha_fwd_residuals.1 = bf16[{rows}8,4096,128] custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"
+}}
+"""
+    assert costs.flops(hlo.parse(text)) == times * 2 * 2 * 8 * 128 * 4096**2 * 10 / 16
+
+
 def test_slices_of_a_large_array_are_read_and_written_as_slices():
     def function(x):
         return jax.lax.scan(lambda carry, row: (carry, jnp.sin(row)), 0.0, x)[1]

@@ -25,6 +25,7 @@ class Chip:
       host: devices of one host in a slice of several.
       torus: dimensions of the ICI torus; 0 is a switch (NVLink).
       devices: JAX devices a chip; figures above are of one device.
+      aot: name by which libtpu compiles for it; '' if it cannot (v4 it describes by core, not by chip).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Chip:
     host: int
     torus: int
     devices: int = 1
+    aot: str = ''
 
     @property
     def flops(self) -> float:
@@ -46,10 +48,10 @@ class Chip:
 
 CHIPS = {chip.name: chip for chip in (
     Chip('v4', 'TPU v4', 32 * GIB, 1200e9, 300e9, 4, 3),
-    Chip('v5e', 'TPU v5 lite', 16 * GIB, 819e9, 200e9, 4, 2),
-    Chip('v5p', 'TPU v5', 95 * GIB, 2765e9, 600e9, 4, 3),
-    Chip('v6e', 'TPU v6 lite', 32 * GIB, 1638e9, 400e9, 4, 2),
-    Chip('v7x', 'TPU7x', 96 * GIB, 3690e9, 300e9, 8, 3, 2),
+    Chip('v5e', 'TPU v5 lite', 16 * GIB, 819e9, 200e9, 4, 2, aot='v5e'),
+    Chip('v5p', 'TPU v5', 95 * GIB, 2765e9, 600e9, 4, 3, aot='v5p'),
+    Chip('v6e', 'TPU v6 lite', 32 * GIB, 1638e9, 400e9, 4, 2, aot='v6e'),
+    Chip('v7x', 'TPU7x', 96 * GIB, 3690e9, 300e9, 8, 3, 2, 'tpu7x'),
     Chip('a100', 'A100', 80 * GIB, 2039e9, 300e9, 8, 0),
     Chip('h100', 'H100', 80 * GIB, 3350e9, 450e9, 8, 0),
     Chip('h200', 'H200', 141 * GIB, 4800e9, 450e9, 8, 0),
@@ -84,6 +86,11 @@ class Slice:
     def host(self) -> 'Slice':
         """The devices of one host, which one process drives."""
         return self if self.hosts == 1 else Slice(self.chip, {0: (self.chip.host,), 2: (2, 2), 3: (2, 2, 1)}[self.chip.torus])
+
+    @property
+    def aot(self) -> str:
+        """Name of the topology for libtpu."""
+        return f'{self.chip.aot}:{"x".join(map(str, self.sides))}'
 
     def share(self, group: int) -> float:
         """Part of a device's links that a collective among `group` devices can use: those along the sides that the group fills."""

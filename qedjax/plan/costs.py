@@ -50,10 +50,10 @@ def _convolution(instruction: Instruction, operands: list[Array]) -> float:
 
 
 def _causal_product(instruction: Instruction, operands: list[Array]) -> float:
-    """One product [T, H] x [H, T] of every head over the blocks at or below the diagonal; q is the first operand [N, T, H]."""
-    heads, length, width = next(array.dims for array in operands if len(array.dims) == 3 and array.dtype in ('bf16', 'f32'))
+    """One product [T, H] x [H, T] of every head over the blocks at or below the diagonal; q [N, T, H], or [B, N, T, H], comes first."""
+    *heads, length, width = next(array.dims for array in operands if len(array.dims) >= 3 and array.dtype in ('bf16', 'f32'))
     blocks = next((array.dims[-1] for array in operands if array.dtype == 's8'), 1)  # the mask has an entry for each block
-    return 2.0 * heads * width * length**2 * (blocks + 1) / (2 * blocks)
+    return 2.0 * math.prod(heads) * width * length**2 * (blocks + 1) / (2 * blocks)
 
 
 def hbm_bytes(module: Module) -> float:

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -86,7 +87,7 @@ class Program:
 
 def can_compile(slice: Slice) -> bool:
     """Whether this machine can compile for these accelerators."""
-    return slice.chip.torus > 0 and importlib.util.find_spec('libtpu') is not None
+    return bool(slice.chip.aot) and importlib.util.find_spec('libtpu') is not None
 
 
 def topology_devices(name: str) -> list:
@@ -103,7 +104,9 @@ def topology_devices(name: str) -> list:
 def build(name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compiles a program. Raises OutOfMemory if it does not fit."""
     try:
-        return lowered.compile()
+        with warnings.catch_warnings():  # JAX's cache on disk takes such programs in but cannot read them: they are compiled anew
+            warnings.filterwarnings('ignore', message='Error reading persistent compilation cache')
+            return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise

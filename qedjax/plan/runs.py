@@ -115,8 +115,8 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
         model = dataclasses.replace(model, attention='cudnn' if model.attention == 'splash' else model.attention)
         notes.append(f'attention counted as {model.attention}; links are NVLinks: what goes between hosts takes longer')
     if not compile:
-        notes.append('estimated from the model\'s shape: ' + ('GPUs cannot be compiled for from here' if not slice.chip.torus else
-                                                              'not compiled (libtpu is missing or compiling was switched off)'))
+        notes.append('estimated from the model\'s shape: ' + ('libtpu is missing, or compiling was switched off' if slice.chip.aot else
+                                                              f'{slice.chip.name} cannot be compiled for from here'))
     def make(compile: bool) -> Plan:
         if isinstance(cfg, SFTConfig):
             return _plan_sft(cfg, slice, sizes, model, num_valid, compile, list(notes))
@@ -150,7 +150,7 @@ def _plan_sft(cfg: SFTConfig, slice: Slice, sizes, model, num_valid, compile, no
     least = work.micro_batch(model, sizes, slice, rows, cfg.row_length).times(cfg.accumulation).plus(work.update(model, sizes))
     found: dict[str, Program] = {}
     if compile:
-        found = programs.sft_programs(cfg, model, make_mesh(cfg.mesh, programs.topology_devices(slice.name)), num_valid)
+        found = programs.sft_programs(cfg, model, make_mesh(cfg.mesh, programs.topology_devices(slice.aot)), num_valid)
         step, passing = found['step'], {'train step': float(found['step'].extra)}
         done = _done(step, slice, least.model_flops)
     else:
@@ -180,7 +180,7 @@ def _plan_rl(cfg: RLConfig, slice: Slice, sizes, model, num_valid, compile, answ
     plan = Plan(slice, model, sizes, compile, held, {}, least, least, cfg.steps, answers * longest, notes=notes)
     found: dict[str, Program] = {}
     if compile:
-        found = programs.rl_programs(cfg, model, make_mesh(cfg.mesh, programs.topology_devices(slice.name)), num_valid)
+        found = programs.rl_programs(cfg, model, make_mesh(cfg.mesh, programs.topology_devices(slice.aot)), num_valid)
         plan.step = _done(found['add'], slice, micro.model_flops).times(micros).plus(_done(found['apply'], slice, 0.0))
         plan.passing = _passing(found, held)
     else:
@@ -213,7 +213,7 @@ def _compile_engine(cfg: RLConfig, plan: Plan, model: ModelConfig, config: Engin
         config = dataclasses.replace(config, cache_tokens=fitting)
     if fitting < model.max_positions:
         return {}
-    mesh = make_rollout_mesh(shards, cfg.tensor, programs.topology_devices(plan.slice.host.name))
+    mesh = make_rollout_mesh(shards, cfg.tensor, programs.topology_devices(plan.slice.host.aot))
     try:
         compiled = programs.compile_engine(mesh, model, config, num_valid)
     except programs.OutOfMemory as error:
