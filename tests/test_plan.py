@@ -207,5 +207,6 @@ def test_the_sft_step_is_planned_for_real_chips():
     assert made.step.flops == pytest.approx(made.least.flops, rel=0.15)
     assert made.peak < 0.9 * made.slice.chip.hbm
     assert set(made.step.sent) <= {'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute'}
-    assert sum(made.step.sent.values()) < 2 * sum(made.least.sent.values())
+    assert sum(made.step.sent.values()) < 2 * sum(made.least.sent.values())  # of so small a model the head is the larger part
+    assert made.step.hidden > 0
     assert 'compiled by libtpu' in report(made, 'test')

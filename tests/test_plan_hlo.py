@@ -100,7 +100,8 @@ ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
 def test_what_tpus_fuse_counts_once_and_as_what_it_is():
     """Parts of one collective in two fusions; an all-reduce of which a slice is kept; attributes over several lines."""
     module = hlo.parse(TPU)
-    assert [(c.kind, c.bytes, c.count) for c in collectives(module)] == [('all-gather', 256, 36), ('reduce-scatter', 256, 36)]
+    found = [(c.kind, c.bytes, c.count, c.hidden) for c in collectives(module)]
+    assert found == [('all-gather', 256, 36, True), ('reduce-scatter', 256, 36, False)]
     assert hlo.aliased_outputs(module) == 2
     assert next(hlo.arrays_of('bf16[8,4]{1,0:T(8,128)(2,1)S(1)}')) == hlo.Array('bf16', (8, 4), hbm=False)
 

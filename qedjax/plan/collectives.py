@@ -23,6 +23,7 @@ class Collective:
       group: devices that take part together.
       count: runs in one call of the program.
       shape: of its first operand.
+      hidden: whether the compiler runs it beside other work.
       source: where the model asked for it, as JAX's name stack tells.
     """
 
@@ -31,6 +32,7 @@ class Collective:
     group: int
     count: int
     shape: tuple[int, ...]
+    hidden: bool
     source: str
 
     @property
@@ -60,16 +62,18 @@ def collectives(module: Module) -> list[Collective]:
             chains.add(key)
             if kind == 'all-reduce' and run.fused and _sliced(module, run.computation, instruction):
                 kind = 'reduce-scatter'
-            found.append(_collective(module, run.computation, instruction, kind, run.count))
+            hidden = bool(chain) or instruction.opcode.endswith('-start')
+            found.append(_collective(module, run.computation, instruction, kind, run.count, hidden))
     return found
 
 
-def _collective(module: Module, computation: str, instruction: Instruction, kind: str, count: int) -> Collective:
+def _collective(module: Module, computation: str, instruction: Instruction, kind: str, count: int, hidden: bool) -> Collective:
     operands = module.operands(computation, instruction)
     group = group_size(instruction.attributes)
     size = sum(operand.bytes for operand in operands) * (group if kind == 'all-gather' else 1)
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return Collective(kind, size, group, count, operands[0].arrays[0].dims if operands else (), source.group(1) if source else '')
+    return Collective(kind, size, group, count, operands[0].arrays[0].dims if operands else (), hidden,
+                      source.group(1) if source else '')
 
 
 def _sliced(module: Module, computation: str, instruction: Instruction) -> bool:

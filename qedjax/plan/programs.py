@@ -31,7 +31,7 @@ from qedjax.sharding import abstract, spec
 from qedjax.train.losses import next_token_loss
 from qedjax.train.optimizer import make_optimizer
 from qedjax.train.sft import SFTConfig
-from qedjax.train.step import init_state, make_train_step, summed_programs
+from qedjax.train.step import compiler_options, init_state, make_train_step, summed_programs
 from qedjax.types import RLBatch, TrainBatch
 
 # libtpu would otherwise look for hardware and for a metadata server, lock out other processes, and write to stderr.
@@ -127,7 +127,8 @@ def sft_programs(cfg: SFTConfig, model: ModelConfig, mesh: Mesh, num_valid: int)
     """The train step of SFT."""
     tx = make_optimizer(cfg.optimizer, cfg.steps or 1)
     state = abstract(lambda: init_state(Transformer(model, jax.random.key(0)), tx), mesh)
-    step = make_train_step(functools.partial(next_token_loss, num_valid=num_valid), tx, cfg.optimizer.clip_norm, cfg.seed)
+    loss = functools.partial(next_token_loss, num_valid=num_valid)
+    step = make_train_step(loss, tx, cfg.optimizer.clip_norm, cfg.seed, compiler_options(mesh))
     shape = cfg.accumulation, cfg.batch_size // cfg.accumulation, cfg.row_length
     with jax.set_mesh(mesh):
         return {'step': measure('train step', build('the train step', step.lower(state, _rows(TrainBatch, mesh, shape))))}
@@ -137,7 +138,7 @@ def rl_programs(cfg: RLConfig, model: ModelConfig, mesh: Mesh, num_valid: int) -
     """The programs of the RL step: the gradient of a micro-batch, and the update."""
     tx = make_optimizer(cfg.optimizer, cfg.steps)
     loss = functools.partial(rl_loss, cfg=cfg.objective, temperature=cfg.temperature, num_valid=num_valid)
-    zero, add, apply = summed_programs(loss, tx, cfg.optimizer.clip_norm, cfg.seed)
+    zero, add, apply = summed_programs(loss, tx, cfg.optimizer.clip_norm, cfg.seed, compiler_options(mesh))
     state = abstract(lambda: init_state(Transformer(model, jax.random.key(0)), tx), mesh)
     rows = _rows(RLBatch, mesh, (cfg.micro_rows, cfg.row_length))
     sums = abstract(lambda: jax.eval_shape(zero, state.model, rows), mesh)

@@ -47,7 +47,9 @@ def _sent(plan: Plan) -> list[tuple[str, str]]:
     rows = [row(kind, plan.step.sent.get(kind, 0.0), plan.least.sent.get(kind, 0.0)) for kind in {**plan.least.sent, **plan.step.sent}]
     if not plan.compiled:
         return [(kind, f'{amount / 1e9:9.2f} GB') for kind, amount in plan.least.sent.items()]
-    return [*rows, row('all', sum(plan.step.sent.values()), sum(plan.least.sent.values()))]
+    total = sum(plan.step.sent.values())
+    rows.append(row('all', total, sum(plan.least.sent.values())))
+    return [*rows, ('beside other work', f'{plan.step.hidden / total:9.0%} of these bytes')] if total else rows
 
 
 def _sampling(plan: Plan) -> list[tuple[str, str]]:

@@ -257,7 +257,8 @@ def _state_bytes(state) -> dict[str, float]:
 
 
 def _done(program: Program, slice: Slice, model_flops: float) -> Work:
-    return Work(model_flops, program.flops, program.hbm, sent_by_kind(program.sent), program.link_seconds(slice))
+    hidden = sum(c.sent for c in program.sent if c.hidden)
+    return Work(model_flops, program.flops, program.hbm, sent_by_kind(program.sent), program.link_seconds(slice), hidden)
 
 
 def _passing(found: dict[str, Program], held: dict[str, float]) -> dict[str, float]:

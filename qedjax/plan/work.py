@@ -14,21 +14,26 @@ from qedjax.plan.memory import kv_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one device, in one call: `model_flops` without, `flops` with what is computed anew; `sent` by kind of collective."""
+    """Of one device, in one call: `model_flops` without, `flops` with what is computed anew; `sent` by kind of collective.
+
+    `hidden` bytes of what is sent go beside other work, as far as a compiled program tells.
+    """
 
     model_flops: float
     flops: float
     hbm: float
     sent: dict[str, float]
     link_seconds: float
+    hidden: float = 0.0
 
     def times(self, n: float) -> 'Work':
-        return Work(self.model_flops * n, self.flops * n, self.hbm * n, {k: v * n for k, v in self.sent.items()}, self.link_seconds * n)
+        return Work(self.model_flops * n, self.flops * n, self.hbm * n, {k: v * n for k, v in self.sent.items()}, self.link_seconds * n,
+                    self.hidden * n)
 
     def plus(self, other: 'Work') -> 'Work':
         sent = {kind: self.sent.get(kind, 0.0) + other.sent.get(kind, 0.0) for kind in {**self.sent, **other.sent}}
         return Work(self.model_flops + other.model_flops, self.flops + other.flops, self.hbm + other.hbm, sent,
-                    self.link_seconds + other.link_seconds)
+                    self.link_seconds + other.link_seconds, self.hidden + other.hidden)
 
     def seconds(self, slice: Slice) -> dict[str, float]:
         """Least time in products, in HBM and on links, if each ran at its peak."""

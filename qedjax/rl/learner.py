@@ -16,7 +16,7 @@ from qedjax.rl.losses import rl_loss, summarise
 from qedjax.sharding import put
 from qedjax.train.lm_head import token_stats
 from qedjax.train.optimizer import make_optimizer
-from qedjax.train.step import TrainState, init_state, make_summed_step
+from qedjax.train.step import TrainState, compiler_options, init_state, make_summed_step
 from qedjax.types import Group, RLBatch
 
 
@@ -36,7 +36,7 @@ class Learner:
         self.tx = make_optimizer(cfg.optimizer, cfg.steps)
         loss = functools.partial(rl_loss, cfg=cfg.objective, temperature=cfg.temperature, num_valid=num_valid)
         self._loss = loss
-        self._step = make_summed_step(loss, self.tx, cfg.optimizer.clip_norm, cfg.seed)
+        self._step = make_summed_step(loss, self.tx, cfg.optimizer.clip_norm, cfg.seed, compiler_options(mesh))
         self._logprobs = jax.jit(functools.partial(reference_logprobs, temperature=cfg.temperature, num_valid=num_valid))
         self._documents = 1 if model_config.attention == 'cudnn' else None  # its kernel knows no segments
 

@@ -29,7 +29,7 @@ from qedjax.sharding import MeshConfig, abstract, check_rows, create, make_mesh,
 from qedjax.train import optimizer as optimizers
 from qedjax.train.losses import next_token_loss
 from qedjax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from qedjax.train.step import TrainState, init_state, make_eval_step, make_train_step, place_batch
+from qedjax.train.step import TrainState, compiler_options, init_state, make_eval_step, make_train_step, place_batch
 from qedjax.types import Example, SamplingParams
 
 FORMATS = {'chat': CHAT, 'pair': PAIR}
@@ -163,7 +163,7 @@ class _Run:
         self.steps = cfg.steps or cfg.epochs * self.loader.steps_per_epoch
         self.tx = make_optimizer(cfg.optimizer, self.steps)
         loss = functools.partial(next_token_loss, num_valid=self.num_valid)
-        self.train_step = make_train_step(loss, self.tx, cfg.optimizer.clip_norm, cfg.seed)
+        self.train_step = make_train_step(loss, self.tx, cfg.optimizer.clip_norm, cfg.seed, compiler_options(self.mesh))
         self.eval_step = make_eval_step(loss)
         self.schedule = make_schedule(cfg.optimizer, self.steps)
         self.target = abstract(self._fresh, self.mesh)

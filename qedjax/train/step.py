@@ -17,6 +17,13 @@ from qedjax.types import TrainBatch
 # loss_fn(model, micro_batch) -> (sum of weighted losses, sums of metrics); both are divided by the weight of the whole batch.
 LossFn = Callable[[Transformer, TrainBatch], tuple[jax.Array, dict[str, jax.Array]]]
 
+# By default the TPU compiler leaves the cores idle during nearly every collective of a step. These let it run gathers in parts beside
+# matrix products, and exchanges of heads beside whatever does not need them; the latter it refuses for some chips (v5e).
+GATHERS = ('xla_tpu_enable_async_collective_fusion', 'xla_tpu_enable_async_collective_fusion_fuse_all_gather',
+           'xla_tpu_enable_async_collective_fusion_multiple_steps', 'xla_tpu_overlap_compute_collective_tc', 'xla_enable_async_all_gather')
+EXCHANGES = {'TPU v5': ('xla_tpu_enable_async_all_to_all',), 'TPU v5p': ('xla_tpu_enable_async_all_to_all',),
+             'TPU v6 lite': ('xla_tpu_enable_async_all_to_all',)}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +56,14 @@ def place_batch(batch: TrainBatch, mesh: Mesh, accumulation: int) -> TrainBatch:
     return put(micro, mesh, None, 'batch', 'sequence')
 
 
-def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, seed: int):
+def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+    """What to tell the compiler of a train step for these devices."""
+    device = mesh.devices.flat[0]
+    return dict.fromkeys(GATHERS + EXCHANGES.get(device.device_kind, ()), True) if device.platform == 'tpu' else None
+
+
+def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, seed: int,
+                    options: dict[str, bool] | None = None):
     """Builds step(state, batch) -> (state, metrics); jitted, and the old state's buffers are reused.
 
     Args:
@@ -57,6 +71,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, cl
       optimizer: from make_optimizer.
       clip_norm: global gradient norm to clip to; 0 is off.
       seed: of the run; stochastic rounding folds the step into its key.
+      options: see compiler_options.
 
     The batch is [A, B, T]. Loss and gradient are divided once, by the weight of all A x B rows, so they do not depend on how rows are
     spread over micro-batches and devices. A step with a non-finite loss or gradient, or without any weight, changes nothing but the
@@ -70,16 +85,17 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, cl
         (loss, metrics), grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-6), sums)
         return _update(state, loss, metrics | {'weight': weight}, grads, weight > 0, optimizer, clip_norm, seed)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
-def make_summed_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, seed: int):
+def make_summed_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, seed: int,
+                     options: dict[str, bool] | None = None):
     """Builds step(state, micro_batches) -> (state, metrics) for any number of micro-batches [B, T], each a batch on the devices.
 
     As make_train_step, but nothing is divided: the weights of the rows hold the whole normaliser, and metrics are sums. Three programs
     serve every number of micro-batches, so none is compiled for a number that has not been seen.
     """
-    zero, add, apply = summed_programs(loss_fn, optimizer, clip_norm, seed)
+    zero, add, apply = summed_programs(loss_fn, optimizer, clip_norm, seed, options)
 
     def step(state: TrainState, micro_batches: Sequence[TrainBatch]) -> tuple[TrainState, dict[str, jax.Array]]:
         sums = zero(state.model, micro_batches[0])
@@ -90,7 +106,8 @@ def make_summed_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, c
     return step
 
 
-def summed_programs(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, seed: int):
+def summed_programs(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, seed: int,
+                    options: dict[str, bool] | None = None):
     """The programs of make_summed_step: zero(model, rows) -> sums, add(model, sums, rows) -> sums, apply(state, sums) -> (state, metrics).
 
     Sums are ((loss, metrics), gradient); `add` reuses their buffers, `apply` those of the state.
@@ -100,7 +117,7 @@ def summed_programs(loss_fn: LossFn, optimizer: optax.GradientTransformation, cl
         return _update(state, loss, metrics, grads, jnp.bool_(True), optimizer, clip_norm, seed)
 
     zero = jax.jit(lambda model, rows: _zero_sums(loss_fn, model, rows))
-    add = jax.jit(lambda model, sums, rows: _add_micro(loss_fn, model, sums, rows), donate_argnums=1)
+    add = jax.jit(lambda model, sums, rows: _add_micro(loss_fn, model, sums, rows), donate_argnums=1, compiler_options=options)
     return zero, add, jax.jit(apply, donate_argnums=0)
 
 
