@@ -4,6 +4,7 @@ With `compiled` programs the figures are read from them; without, they are estim
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 
@@ -11,7 +12,7 @@ from qedjax.checkpoint.load import load_tokenizer, resolve_config
 from qedjax.data.chat import num_valid_ids
 from qedjax.model.config import ModelConfig
 from qedjax.plan import hlo, memory, programs, work
-from qedjax.plan.chips import Slice
+from qedjax.plan.chips import SMEM, Slice
 from qedjax.plan.collectives import sent_by_kind
 from qedjax.plan.programs import Program
 from qedjax.plan.work import Decoding, Work
@@ -40,6 +41,7 @@ class Plan:
       tokens: that a step trains.
       rollout: of an RL run.
       used: bytes that the compiler came to, where it gave up.
+      blocked: why a program cannot be, whatever HBM there is; '' if none is known.
       checks: sentences on what was looked for in the compiled programs; notes: what a reader must know.
     """
 
@@ -57,6 +59,11 @@ class Plan:
     checks: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     used: float = 0.0
+    blocked: str = ''
+
+    @property
+    def fits(self) -> bool:
+        return not self.blocked and self.peak <= ROOM * self.slice.chip.hbm
 
     @property
     def peak(self) -> float:
@@ -110,6 +117,8 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
         raise ValueError(f'answer={answer} must be between 0 and max_tokens={getattr(cfg, "max_tokens", 0)}')
     sizes = dict(zip(TRAIN_AXES, mesh_sizes(cfg.mesh, slice.devices), strict=True))
     model, num_valid, notes = _model(cfg)
+    if model.num_heads % (sizes['tensor'] * sizes['context']):
+        raise ValueError(f'num_heads={model.num_heads} cannot be split over tensor x context = {sizes["tensor"] * sizes["context"]} devices')
     compile = compile and programs.can_compile(slice)
     if not slice.chip.torus:
         model = dataclasses.replace(model, attention='cudnn' if model.attention == 'splash' else model.attention)
@@ -127,6 +136,7 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
     except programs.OutOfMemory as error:
         made = make(compile=False)
         made.used = error.used
+        made.blocked = made.blocked or ('' if error.used else str(error))
         made.notes.append(f'{error}; all other figures are estimates')
         return made
 
@@ -134,10 +144,15 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
 def _model(cfg: SFTConfig | RLConfig) -> tuple[ModelConfig, int, list[str]]:
     """The model as it is trained and its decodable ids: those of `init` if it is here, else those that the config tells."""
     if cfg.init and pathlib.Path(cfg.init).is_dir():
-        return resolve_config(cfg.init, cfg.model), num_valid_ids(load_tokenizer(cfg.init)), []
+        return resolve_config(cfg.init, cfg.model), _decodable(cfg.init), []
     model = dataclasses.replace(cfg.model, max_positions=max(cfg.model.max_positions, cfg.row_length))
     return model, model.vocab_size, [f'{cfg.init or "init"} is not here: sizes are those of config.model '
                                      f'({model.num_params / 1e9:.2f} billion parameters)']
+
+
+@functools.lru_cache(maxsize=1)
+def _decodable(init: str) -> int:
+    return num_valid_ids(load_tokenizer(init))
 
 
 def _plan_sft(cfg: SFTConfig, slice: Slice, sizes, model, num_valid, compile, notes) -> Plan:
@@ -188,8 +203,13 @@ def _plan_rl(cfg: RLConfig, slice: Slice, sizes, model, num_valid, compile, answ
             model, sizes, cfg.micro_rows, cfg.row_length)
     plan.checks = _checks(found, state, model, sizes, cfg.micro_rows, cfg.row_length)
     fitting = _fitting(plan, rollout_model, config, cfg.tensor) * shards
+    table = memory.table_bytes(config.slots // shards, engine_config.table_width(config, rollout_model))
     if compile:
         plan.passing |= _compile_engine(cfg, plan, rollout_model, config, shards, fitting, num_valid)
+    elif rollout_model.paged_attention == 'ragged' and table > SMEM:
+        plan.blocked = (f'decode does not fit: the page table of slots={config.slots} takes {table:,} of the {SMEM:,} bytes of SMEM; lower '
+                        '--config.engine.slots or raise --config.engine.page_size')
+        notes.append(plan.blocked)
     plan.rollout = _rollout(cfg, plan, rollout_model, config, shards, fitting, answer)
     notes.append(f'a step: {answers} answers of {answer:,} tokens in {micros} micro-batches of {cfg.micro_rows} rows')
     if slice.hosts > 1 and cfg.max_lag:
@@ -218,6 +238,7 @@ def _compile_engine(cfg: RLConfig, plan: Plan, model: ModelConfig, config: Engin
         compiled = programs.compile_engine(mesh, model, config, num_valid)
     except programs.OutOfMemory as error:
         plan.notes.append(f'{error}; lower --config.engine.slots={config.slots}')
+        plan.blocked = str(error)
         return {}
     cache = programs.cache_bytes(model, config, shards, cfg.tensor)
     found = {name: programs.measure(name, program) for name, program in compiled.items()}
@@ -236,6 +257,11 @@ def _engine(cfg: RLConfig, model: ModelConfig, slice: Slice) -> tuple[ModelConfi
     return rollout, config, shards
 
 
+def flying(cfg: RLConfig) -> int:
+    """Answers that are sampled at a time, if the engines can."""
+    return cfg.group_size * (max(cfg.in_flight, cfg.groups) if cfg.max_lag else cfg.groups)
+
+
 def _rollout(cfg: RLConfig, plan: Plan, model: ModelConfig, config: EngineConfig, shards: int, fitting: int,
              answer: int) -> Rollout:
     """Sampling of a step's answers with as many rows as slots, cache and answers allow."""
@@ -245,8 +271,7 @@ def _rollout(cfg: RLConfig, plan: Plan, model: ModelConfig, config: EngineConfig
     context, answers = cfg.problems.max_prompt + answer / 2, cfg.groups * cfg.group_size
     if cfg.chains.states:  # the turns of chains are sampled besides
         answers += cfg.groups // cfg.chains.states * (cfg.chains.decoding.turns - (not cfg.chains.replay))
-    flying = max(cfg.in_flight, cfg.groups) * cfg.group_size if cfg.max_lag else cfg.groups * cfg.group_size
-    rows = min(config.slots / shards, min(cached, fitting) / (shards * engines) / context, flying / (shards * engines))
+    rows = min(config.slots / shards, min(cached, fitting) / (shards * engines) / context, flying(cfg) / (shards * engines))
     decoding = work.decoding(model, plan.slice, shards, cfg.tensor, rows, context)
     seconds = answers * answer / (decoding.rate * engines) if decoding.rate else math.inf
     return Rollout(engines, decoding, cached, fitting, min(cached, fitting) / full, seconds, answer)
