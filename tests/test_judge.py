@@ -120,6 +120,24 @@ def test_equal_questions_at_a_time_are_asked_once(tmp_path):
     assert [scores[i] == scores[0] for i in range(6)] == [c == 'a' for c in 'abaaba']
 
 
+def test_a_report_that_is_about_to_come_in_is_kept_when_a_run_ends(tmp_path):
+    with ScriptedServer(lambda *_: (0.3, '<score>5</score>')) as server:
+        remote = dataclasses.replace(CONFIG.remote, base_url=server.base_url)
+        judge = Judge(dataclasses.replace(CONFIG, remote=remote), RemoteEndpoint(remote), str(tmp_path))
+
+        async def main():
+            task = asyncio.ensure_future(judge.grade(ROW, 'a'))
+            while not server.calls:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await judge.close()
+
+        asyncio.run(main())
+    (again,), server, _ = grade(tmp_path, lambda *_: '<score>0</score>', 'a')
+    assert again.score == 5
+    assert not server.calls
+
+
 def test_an_answer_too_long_to_send_says_nothing_of_the_judge(tmp_path):
     got, server, _ = grade(tmp_path, lambda *_: '<score>7</score>', ['x' * 500] * 5, longest=400)
     assert all(isinstance(g, Ungraded) for g in got)

@@ -23,6 +23,7 @@ from qedjax.llm.remote import RemoteConfig, Usage
 from qedjax.metrics import drop_torn_row
 from qedjax.types import SamplingParams
 
+GRACE = 3.0  # seconds that questions under way are given when the judge is closed: what is about to come in is paid for
 COMBINE: dict[str, Callable[[Sequence[int]], float]] = {'mean': statistics.fmean, 'median': statistics.median}
 
 
@@ -121,8 +122,10 @@ class Judge:
                     self._cache.set(row['key'], row['report'])
 
     async def close(self) -> None:
-        """See Grader."""
-        for task in self._marking.values():
+        """See Grader. Questions under way have GRACE seconds to be answered."""
+        if self._marking:
+            await asyncio.wait(self._marking.values(), timeout=GRACE)
+        for task in list(self._marking.values()):
             task.cancel()
         await asyncio.gather(*self._marking.values(), return_exceptions=True)
         self._cache.close()

@@ -53,8 +53,10 @@ def attend_packed(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Arr
 
 
 def _repeat_heads(x: jax.Array, repeats: int) -> jax.Array:
-    x = jax.reshard(x, spec('batch', None, None, None))
-    return jnp.repeat(x, repeats, axis=2)
+    """Every kv head `repeats` times, made where the head is: a device then is sent one copy of the one that it needs, not all heads."""
+    B, T, K, H = x.shape
+    copies = jnp.broadcast_to(x[:, :, :, None], (B, T, K, repeats, H))
+    return copies.reshape(B, T, K * repeats, H, out_sharding=spec('batch', 'sequence', 'kv_heads', None))
 
 
 def attend_cache(q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedCache, layer: jax.Array, table: jax.Array, positions: jax.Array,

@@ -190,6 +190,7 @@ def rematerialize(body: Callable, policy: str) -> Callable:
     policies = jax.checkpoint_policies
     if policy == 'none':
         return body
-    keep = {'dots': policies.dots_with_no_batch_dims_saveable, 'full': policies.nothing_saveable,
-            'attention': policies.save_only_these_names('attention')}[policy]
+    attention = policies.save_only_these_names('attention')
+    keep = {'full': policies.nothing_saveable, 'attention': attention,
+            'dots': policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)}[policy]
     return jax.checkpoint(body, policy=keep)

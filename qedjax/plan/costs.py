@@ -8,7 +8,8 @@ import re
 
 from qedjax.plan.hlo import Array, Instruction, Module, runs
 
-# Matrix products that a splash kernel does for a pair of blocks: scores and output; scores, dP, dQ; scores, dV, dP, dK.
+# Matrix products that a splash kernel does for a pair of blocks: scores and output; scores, dP, dQ; scores, dV, dP, dK. One that makes
+# all gradients has the third's name, and a dQ for each block of keys among its results.
 SPLASH_PRODUCTS = {'splash_mha_fwd': 2, 'splash_mha_dq': 3, 'splash_mha_dkv': 4}
 # What moves no bytes by itself: names for parts of other results, control, and the second halves of asynchronous pairs.
 _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all', 'partition-id',
@@ -33,7 +34,8 @@ def _flops(instruction: Instruction, operands: list[Array]) -> float:
     if instruction.opcode == 'convolution':
         return _convolution(instruction, operands)
     if instruction.opcode == 'custom-call' and (name := next((n for n in SPLASH_PRODUCTS if n in instruction.name), None)):
-        return SPLASH_PRODUCTS[name] * _causal_product(instruction, operands)
+        fused = max(len(array.dims) for array in instruction.arrays) > len(_queries(operands).dims)
+        return (SPLASH_PRODUCTS[name] + fused) * _causal_product(operands)
     return 0.0
 
 
@@ -49,9 +51,14 @@ def _convolution(instruction: Instruction, operands: list[Array]) -> float:
     return 2.0 * lhs['b'] * rhs['i'] * rhs['o'] * spatial if out else 0.0
 
 
-def _causal_product(instruction: Instruction, operands: list[Array]) -> float:
+def _queries(operands: list[Array]) -> Array:
+    """The first of a splash kernel's operands that is no table."""
+    return next(array for array in operands if len(array.dims) >= 3 and array.dtype in ('bf16', 'f32'))
+
+
+def _causal_product(operands: list[Array]) -> float:
     """One product [T, H] x [H, T] of every head over the blocks at or below the diagonal; q [N, T, H], or [B, N, T, H], comes first."""
-    *heads, length, width = next(array.dims for array in operands if len(array.dims) >= 3 and array.dtype in ('bf16', 'f32'))
+    *heads, length, width = _queries(operands).dims
     blocks = next((array.dims[-1] for array in operands if array.dtype == 's8'), 1)  # the mask has an entry for each block
     return 2.0 * math.prod(heads) * width * length**2 * (blocks + 1) / (2 * blocks)
 

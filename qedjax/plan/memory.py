@@ -73,7 +73,7 @@ def activation_bytes(model: ModelConfig, sizes: dict[str, int], rows: int, lengt
     positions = rows * length // (sizes['data'] * sizes['fsdp'] * sizes['context'])
     heads, kv, mlp = (n // tensor for n in (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.mlp_dim))
     layer = (model.num_params - model.vocab_size * model.embed_dim * (1 if model.tie_embeddings else 2)) // model.num_layers
-    kept = {'full': 0, 'attention': heads, 'dots': 2 * heads + 2 * kv + 2 * mlp + 2 * model.embed_dim,
+    kept = {'full': 0, 'attention': heads, 'dots': 2 * heads + 2 * kv + 2 * mlp + model.embed_dim,
             'none': 4 * heads + 4 * kv + 4 * mlp + 4 * model.embed_dim}[model.remat]
     saved = model.num_layers * positions * (model.embed_dim + kept) * item
     working = 3 * positions * (model.embed_dim + heads + 2 * kv + 2 * mlp) * item + 3 * layer // tensor * item

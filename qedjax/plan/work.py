@@ -48,14 +48,14 @@ def micro_batch(model: ModelConfig, sizes: dict[str, int], slice: Slice, rows: i
 def executed_flops(model: ModelConfig, rows: int, length: int) -> float:
     """FLOPs of a micro-batch with what is computed anew: products of layers by policy, logits once, scores of attention.
 
-    The model counts 2 products of attention forward and 4 backward; backward kernels do 5, splash 7 in its two.
+    The model counts 2 products of attention forward and 4 backward; backward kernels do 5. cuDNN's runs forward once more unless all is kept.
     """
     head = 2 * model.vocab_size * model.embed_dim
     matrices = 2 * (model.num_params - model.vocab_size * model.embed_dim * (1 if model.tie_embeddings else 2))
     product = model.num_layers * model.num_heads * model.head_dim * length  # of one causal product a token
     again = {'full': 1.0, 'attention': 1.0, 'dots': 0.0, 'none': 0.0}[model.remat]
     down = 2 * model.num_layers * model.mlp_dim * model.embed_dim  # nothing in the backward pass needs its result
-    attention = 2 + (7 if model.attention == 'splash' else 5) + (2 if model.remat in ('full', 'dots') else 0)
+    attention = 2 + 5 + 2 * (model.remat == 'full' or (model.attention == 'cudnn' and model.remat != 'none'))
     return rows * length * (4 * head + 3 * matrices + again * (matrices - down) + attention * product)
 
 
@@ -72,7 +72,7 @@ def _sent(model: ModelConfig, sizes: dict[str, int], slice: Slice, positions: fl
     """The least that the layout needs: weights gathered once a layer and pass, gradients scattered once, heads exchanged for positions."""
     item, fsdp, context, tensor = jnp.dtype(model.dtype).itemsize, sizes['fsdp'], sizes['context'], sizes['tensor']
     weights = model.num_params / tensor * item
-    again = 0 if model.remat in ('none', 'dots') else 1
+    again = model.remat != 'none'  # what is kept of attention lies with its heads, and goes to its positions once more
     kv = model.num_kv_heads
     while kv % (tensor * context) and kv < model.num_heads:
         kv *= 2
