@@ -117,8 +117,9 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
         raise ValueError(f'answer={answer} must be between 0 and max_tokens={getattr(cfg, "max_tokens", 0)}')
     sizes = dict(zip(TRAIN_AXES, mesh_sizes(cfg.mesh, slice.devices), strict=True))
     model, num_valid, notes = _model(cfg)
-    if model.num_heads % (sizes['tensor'] * sizes['context']):
-        raise ValueError(f'num_heads={model.num_heads} cannot be split over tensor x context = {sizes["tensor"] * sizes["context"]} devices')
+    shards = sizes['tensor'] * sizes['context']
+    if model.num_heads % shards:
+        raise ValueError(f'num_heads={model.num_heads} cannot be split over tensor x context = {shards} devices')
     compile = compile and programs.can_compile(slice)
     if not slice.chip.torus:
         model = dataclasses.replace(model, attention='cudnn' if model.attention == 'splash' else model.attention)

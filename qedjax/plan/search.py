@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import jax
 
-from qedjax.model.config import REMAT_POLICIES, ModelConfig
+from qedjax.model.config import REMAT_POLICIES
 from qedjax.plan import memory, programs, runs
 from qedjax.plan.chips import SMEM, Slice
 from qedjax.plan.report import report
