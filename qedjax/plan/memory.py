@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from qedjax.model.attention_splash import block_size
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
 from qedjax.sharding import TRAIN_AXES
@@ -67,7 +68,8 @@ def activation_bytes(model: ModelConfig, sizes: dict[str, int], rows: int, lengt
     """Estimate of what a micro-batch of `rows` rows needs on a device beside state and gradients.
 
     That is: weights cast to the compute dtype, what the remat policy keeps of every layer, the backward pass of one layer (its weights
-    whole, and about three copies of its largest activations), and the logits of one block of the vocabulary.
+    whole, about three copies of its largest activations, and splash's partial gradients of queries, one a block of keys), and the logits
+    of one block of the vocabulary.
     """
     item, tensor = jnp.dtype(model.dtype).itemsize, sizes['tensor']
     positions = rows * length // (sizes['data'] * sizes['fsdp'] * sizes['context'])
@@ -77,6 +79,8 @@ def activation_bytes(model: ModelConfig, sizes: dict[str, int], rows: int, lengt
             'none': 4 * heads + 4 * kv + 4 * mlp + 4 * model.embed_dim}[model.remat]
     saved = model.num_layers * positions * (model.embed_dim + kept) * item
     working = 3 * positions * (model.embed_dim + heads + 2 * kv + 2 * mlp) * item + 3 * layer // tensor * item
+    if model.attention == 'splash':
+        working += math.ceil(length / block_size(length)) * positions * heads * item
     logits = 2 * 4 * max(2**24, 1024 * positions)
     cast = item * model.num_params // (sizes['fsdp'] * tensor)
     return cast + saved + working + logits

@@ -69,7 +69,7 @@ def tell(cfg: Config, slice: Slice, title: str, *, compile: bool = True, answer:
 
 
 def search(cfg: Config, slice: Slice, *, answer: int = 0) -> list[Candidate]:
-    """Candidates that fit by their estimates, fastest step first; of those equal to three digits the one that is busy the least.
+    """Candidates that fit by their estimates, fastest step first; of equal ones the one that is busy the least.
 
     Raises ValueError, in one sentence, if none fits, or if the run can be laid on this slice in no way at all.
     """
@@ -87,7 +87,7 @@ def search(cfg: Config, slice: Slice, *, answer: int = 0) -> list[Candidate]:
         least = min(made, key=lambda candidate: candidate.plan.peak)
         raise ValueError(f'nothing fits {slice.name}: of {len(made)} layouts the smallest, {layout(least)}, needs {_memory(least.plan)} a '
                          f'device, and {ROOM:.0%} may be filled; take a larger slice')
-    return sorted(fitting, key=lambda one: (float(f'{one.plan.step_seconds:.3g}'), sum(one.plan.step.seconds(slice).values())))
+    return sorted(fitting, key=lambda one: (float(f'{one.plan.step_seconds:.4g}'), sum(one.plan.step.seconds(slice).values())))
 
 
 def layouts(cfg: Config, slice: Slice) -> Iterator[Config]:
