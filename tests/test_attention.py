@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 
 from qedjax.model import attention_splash, attention_xla
 from qedjax.model.attention import attend_packed
 from qedjax.model.attention_cudnn import attend as attend_cudnn
 from qedjax.model.rope import rope_angles
 from qedjax.model.transformer import Block, rematerialize
-from qedjax.sharding import MeshConfig, make_mesh, put
+from qedjax.plan import hlo
+from qedjax.plan.collectives import collectives, sent_by_kind
+from qedjax.sharding import MeshConfig, make_mesh, put, spec
 from qedjax.testing import tiny_config
 
 # (backend, block): one dense block, several blocks with and without a ragged last one, and the TPU kernel in interpret
@@ -217,6 +220,21 @@ def test_remat_keeps_the_output_once(mesh, kind, kept, loops):
 
     full, attention = kept_and_loops('full'), kept_and_loops('attention')
     assert attention == (full[0] + kept, full[1] - loops)
+
+
+@pytest.mark.parametrize('context', [4, 8])
+def test_no_device_is_sent_more_heads_than_it_works_on(context):
+    """Forward and backward with fewer kv heads than devices: all that is sent is one exchange each of q, k, v, the output, and gradients."""
+    mesh = make_mesh(MeshConfig(context=context), jax.devices()[:context])
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, spec('batch', 'sequence', None, None))
+        q, k = (jax.ShapeDtypeStruct((1, 64, n, 16), jnp.float32, sharding=rows) for n in (8, 2))
+        segments = jax.ShapeDtypeStruct((1, 64), jnp.int32, sharding=NamedSharding(mesh, spec('batch', 'sequence')))
+        compiled = values_and_grads.lower(q, k, k, segments, q, tiny_config(attention_block=64)).compile()
+    sent = sent_by_kind(collectives(hlo.parse(compiled.as_text())))
+    exchanges = 4 * 8 + 4 * context  # heads of q, output and their gradients, and of k, v and theirs, one a device
+    assert sent.pop('all-to-all') == exchanges * 16 * 64 * 4 / context * (context - 1) / context
+    assert sum(sent.values()) <= 64 * 4 * 2  # of segment ids
 
 
 def compiled_backward(length):

@@ -44,10 +44,10 @@ def compile_layer(mesh, length, **changes):
 
 
 def test_long_rows_fit_v5e():
-    """Rows of 49,152 positions: no buffer is T x T, and remat='attention' runs three kernels: forward, dkv and dq."""
+    """Rows of 49,152 positions: no buffer is T x T, and remat='attention' runs two kernels: forward and backward."""
     mesh = topology_mesh('v5e:2x4', MeshConfig(fsdp=1, tensor=2, context=4))
     compiled = compile_layer(mesh, 49_152, remat='attention')
-    assert compiled.as_text().count(KERNEL) == 3
+    assert compiled.as_text().count(KERNEL) == 2
     assert '49152,49152' not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2**30
 
@@ -57,4 +57,4 @@ def test_small_float32_heads_and_odd_lengths_compile_for_v5p():
     mesh = topology_mesh('v5p:2x2x2', MeshConfig())
     compiled = compile_layer(mesh, 640, embed_dim=256, mlp_dim=512, num_heads=4, num_kv_heads=2, head_dim=64, dtype='float32',
                              remat='full')
-    assert compiled.as_text().count(KERNEL) == 4
+    assert compiled.as_text().count(KERNEL) == 3

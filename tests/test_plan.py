@@ -95,7 +95,7 @@ def test_executed_flops_follow_the_policy():
     model = 4096 * qwen3_4b().flops_per_token(4096)
     per_model = {remat: work.executed_flops(dataclasses.replace(qwen3_4b(), remat=remat), 1, 4096) / model
                  for remat in ('none', 'dots', 'attention', 'full')}
-    assert 1 <= per_model['none'] < per_model['dots'] < per_model['attention'] < per_model['full'] < 1.4
+    assert 1 <= per_model['none'] == per_model['dots'] < per_model['attention'] < per_model['full'] < 1.4
 
 
 @pytest.mark.parametrize('name', ['qed_nano_sft', 'qed_nano_rl', 'qed_nano_rc'])

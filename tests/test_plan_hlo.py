@@ -137,6 +137,18 @@ ENTRY %main (m: s8[1,4,4], q: bf16[{rows}8,4096,128]) -> bf16[{rows}8,4096,128] 
     assert costs.flops(hlo.parse(text)) == times * 2 * 2 * 8 * 128 * 4096**2 * 10 / 16
 
 
+@pytest.mark.parametrize(('partial', 'products'), [('', 4), ('bf16[4,8,4096,128], ', 5)])
+def test_a_backward_kernel_that_makes_dq_too_does_a_product_more(partial, products):
+    text = f"""HloModule m
+ENTRY %main (m: s8[1,4,4], q: bf16[8,4096,128]) -> bf16[8,4096,128] {{
+  %m = s8[1,4,4] parameter(0)
+  %q = bf16[8,4096,128] parameter(1)
+  ROOT %splash_mha_dkv_segmented.1 = ({partial}bf16[8,4096,128], bf16[8,4096,128]) custom-call(%m, %q, %q), custom_call_target="tpu_custom_call"
+}}
+"""
+    assert costs.flops(hlo.parse(text)) == products * 2 * 8 * 128 * 4096**2 * 10 / 16
+
+
 def test_slices_of_a_large_array_are_read_and_written_as_slices():
     def function(x):
         return jax.lax.scan(lambda carry, row: (carry, jnp.sin(row)), 0.0, x)[1]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from qedjax.model.attention_splash import block_size
+from qedjax.model import attention_splash
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
 from qedjax.sharding import TRAIN_AXES
@@ -68,22 +68,23 @@ def activation_bytes(model: ModelConfig, sizes: dict[str, int], rows: int, lengt
     """Estimate of what a micro-batch of `rows` rows needs on a device beside state and gradients.
 
     That is: weights cast to the compute dtype, what the remat policy keeps of every layer, the backward pass of one layer (its weights
-    whole, about three copies of its largest activations, and splash's partial gradients of queries, one a block of keys), and the logits
-    of one block of the vocabulary.
+    whole, about three copies of its largest activations, and splash's partial dQ), and the logits of one block of the vocabulary.
     """
     item, tensor = jnp.dtype(model.dtype).itemsize, sizes['tensor']
-    positions = rows * length // (sizes['data'] * sizes['fsdp'] * sizes['context'])
+    devices = math.prod(sizes.values())
+    positions = rows * length * tensor // devices
     heads, kv, mlp = (n // tensor for n in (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.mlp_dim))
     layer = (model.num_params - model.vocab_size * model.embed_dim * (1 if model.tie_embeddings else 2)) // model.num_layers
     kept = {'full': 0, 'attention': heads, 'dots': 2 * heads + 2 * kv + 2 * mlp + model.embed_dim,
             'none': 4 * heads + 4 * kv + 4 * mlp + 4 * model.embed_dim}[model.remat]
     saved = model.num_layers * positions * (model.embed_dim + kept) * item
     working = 3 * positions * (model.embed_dim + heads + 2 * kv + 2 * mlp) * item + 3 * layer // tensor * item
-    if model.attention == 'splash':
-        working += math.ceil(length / block_size(length)) * positions * heads * item
     logits = 2 * 4 * max(2**24, 1024 * positions)
     cast = item * model.num_params // (sizes['fsdp'] * tensor)
-    return cast + saved + working + logits
+    partial = 0
+    if model.attention == 'splash':  # of each block of keys
+        partial = rows * length**2 // attention_splash.block_size(length) * model.num_heads * model.head_dim * item // devices
+    return cast + saved + working + partial + logits
 
 
 def kv_bytes(model: ModelConfig, tensor: int) -> int:
