@@ -22,9 +22,9 @@ from qedjax.train.sft import MonitorConfig, SFTConfig
 
 HARDWARE = {
     'v5p-64': {'fsdp': 16, 'context': 4, 'accumulation': 1, 'batch_size': 16, 'remat': 'dots', 'attention': 'splash'},
-    'v6e-64': {'fsdp': 8, 'context': 8, 'accumulation': 1, 'batch_size': 16, 'remat': 'attention', 'attention': 'splash'},
+    'v6e-64': {'fsdp': 8, 'context': 8, 'accumulation': 2, 'batch_size': 16, 'remat': 'attention', 'attention': 'splash'},
     'v5e-256': {'fsdp': 16, 'context': 16, 'accumulation': 1, 'batch_size': 16, 'remat': 'attention', 'attention': 'splash'},
-    'h100-8': {'fsdp': 8, 'context': 1, 'accumulation': 4, 'batch_size': 32, 'remat': 'attention', 'attention': 'cudnn'},
+    'h100-8': {'fsdp': 8, 'context': 1, 'accumulation': 4, 'batch_size': 32, 'remat': 'full', 'attention': 'cudnn'},
 }
 
 

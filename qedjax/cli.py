@@ -47,13 +47,12 @@ def run(main: Callable[[Sequence[str]], None], *, words: bool = False) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except flags.IllegalFlagValueError as error:
-        if 'parsing config file' in str(error):  # its get_config raised; ml_collections puts a traceback around what it says
-            _end(str(error).splitlines()[-1].partition(': ')[2], 2)
-        return app.parse_flags_with_usage(argv)
-    except flags.Error:
-        return app.parse_flags_with_usage(argv)  # says the same, with the usage
-    except KeyError as error:  # --config.NAME of a field that the config has not; all else absl reports itself
+    except flags.Error as error:
+        text = str(error)
+        if 'parsing config file' in text:  # its get_config raised; ml_collections puts a traceback around what it says
+            text = text.rstrip().splitlines()[-1].partition(': ')[2]
+        _end(text, 2)
+    except KeyError as error:  # --config.NAME of a field that the config has not
         _end(error.args[0], 2)
 
 
