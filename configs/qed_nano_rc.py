@@ -12,7 +12,14 @@ Where we depart from it: every turn asks for a proof, in the words in which the 
 three turns, so the third turn, whose summary would be read by none, is not sampled. The reference's public code has no replay buffer;
 `--config.chains.replay=2048` turns ours on.
 
-FIGURES
+What `python tools/plan.py --config=configs/qed_nano_rc.py:HARDWARE --topology=SLICE` says (v5p:4x4x4 for v5p-64, v6e:8x8 for v6e-64, v5e:16x16 for v5e-256, h100:8 for h100-8),
+every answer at its full length, times at the roofline, hosts of 4 TPU chips or 8 GPUs; compiled by libtpu 0.0.42.1, or estimated (*):
+
+    hardware   peak of HBM      executed/model  update, MFU     answers in flight  tokens/s  step        the run
+    v5p-64 *   79.17 of 95 GiB  1.20            158.419 s, 83%  551                45,811    1,325.77 s  0.38 days = 589 chip-hours
+    v6e-64 *   26.66 of 32 GiB  1.20            79.210 s, 83%   84                 23,221    2,382.18 s  0.69 days = 1,059 chip-hours
+    v5e-256 *  12.58 of 16 GiB  1.42            109.256 s, 71%  126                36,096    1,590.79 s  0.46 days = 2,828 chip-hours
+    h100-8 *   59.36 of 80 GiB  1.42            696.407 s, 71%  37                 6,964     8,375.26 s  2.42 days = 465 chip-hours
 
 Never run by us at this size; docs/reasoning_cache.md has what was measured.
 """
@@ -35,11 +42,11 @@ SUMMARISER = RemoteConfig('http://localhost:8001/v1', 'Qwen/Qwen3-4B-Instruct-25
 # Sizes of the engine are those of one host: 4 chips of a TPU slice, 8 GPUs.
 HARDWARE = {
     'v5p-64': {'fsdp': 16, 'context': 4, 'micro_rows': 16, 'remat': 'attention', 'attention': ('splash', 'ragged'),
-               'tensor': 4, 'slots': 128, 'cache_tokens': 1_720_320},
+               'tensor': 4, 'slots': 64, 'cache_tokens': 1_638_400},
     'v6e-64': {'fsdp': 8, 'context': 8, 'micro_rows': 8, 'remat': 'full', 'attention': ('splash', 'ragged'),
-               'tensor': 4, 'slots': 16, 'cache_tokens': 262_144},
+               'tensor': 4, 'slots': 16, 'cache_tokens': 229_376},
     'v5e-256': {'fsdp': 16, 'context': 16, 'micro_rows': 16, 'remat': 'full', 'attention': ('splash', 'ragged'),
-                'tensor': 4, 'slots': 8, 'cache_tokens': 98_304},
+                'tensor': 4, 'slots': 4, 'cache_tokens': 98_304},
     'h100-8': {'fsdp': 8, 'context': 1, 'micro_rows': 8, 'remat': 'full', 'attention': ('cudnn', 'xla'),
                'tensor': 8, 'slots': 128, 'cache_tokens': 1_835_008},
 }
