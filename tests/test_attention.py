@@ -224,7 +224,7 @@ def test_remat_keeps_the_output_once(mesh, kind, kept, loops):
 
 @pytest.mark.parametrize('context', [4, 8])
 def test_no_device_is_sent_more_heads_than_it_works_on(context):
-    """Forward and backward with fewer kv heads than devices: all that is sent is one exchange each of q, k, v, the output, and gradients."""
+    """Fewer kv heads than devices, forward and backward: what is sent is one exchange each of q, k, v, the output, and gradients."""
     mesh = make_mesh(MeshConfig(context=context), jax.devices()[:context])
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, spec('batch', 'sequence', None, None))

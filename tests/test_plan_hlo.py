@@ -143,7 +143,7 @@ def test_a_backward_kernel_that_makes_dq_too_does_a_product_more(partial, produc
 ENTRY %main (m: s8[1,4,4], q: bf16[8,4096,128]) -> bf16[8,4096,128] {{
   %m = s8[1,4,4] parameter(0)
   %q = bf16[8,4096,128] parameter(1)
-  ROOT %splash_mha_dkv_segmented.1 = ({partial}bf16[8,4096,128], bf16[8,4096,128]) custom-call(%m, %q, %q), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_dkv_segmented.1 = ({partial}bf16[8,4096,128]) custom-call(%m, %q, %q), custom_call_target="tpu_custom_call"
 }}
 """
     assert costs.flops(hlo.parse(text)) == products * 2 * 8 * 128 * 4096**2 * 10 / 16

@@ -43,7 +43,7 @@ def _on_tpu() -> bool:
 
 
 def _block_sizes(size: int) -> splash.BlockSizes:
-    """One backward kernel for all gradients: 5 products instead of the 7 of two kernels, for one partial dQ in q's dtype a block of keys."""
+    """One backward kernel for all gradients: 5 products, not the 7 of two, but a partial dQ in q's dtype for every block of keys."""
     compute = min(size, 512)  # keys a step inside a block: bounds the scores that are alive at once
     return splash.BlockSizes(block_q=size, block_kv=size, block_kv_compute=compute, block_q_dkv=size, block_kv_dkv=size,
                              block_kv_dkv_compute=compute, use_fused_bwd_kernel=True)

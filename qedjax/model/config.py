@@ -56,8 +56,8 @@ class ModelConfig:
       attention: backend, see attention.py.
       attention_block: positions a block of the xla backend.
       paged_attention: backend of attention to the cache when sampling: 'xla' anywhere, 'ragged' on TPUs.
-      remat: what the backward pass recomputes: 'none', 'dots' (keeps matrix products and the attention's output), 'attention' (keeps the attention's output),
-        'full' (keeps the layer's input alone).
+      remat: what the backward pass recomputes: 'none', 'dots' (keeps matrix products and the attention's output), 'attention' (keeps the
+        attention's output), 'full' (keeps the layer's input alone).
     """
 
     family: str = 'qwen3'

@@ -48,7 +48,8 @@ def micro_batch(model: ModelConfig, sizes: dict[str, int], slice: Slice, rows: i
 def executed_flops(model: ModelConfig, rows: int, length: int) -> float:
     """FLOPs of a micro-batch with what is computed anew: products of layers by policy, logits once, scores of attention.
 
-    The model counts 2 products of attention forward and 4 backward; backward kernels do 5. cuDNN's runs forward once more unless all is kept.
+    The model counts 2 products of attention forward and 4 backward; backward kernels do 5. cuDNN's runs forward once more unless all is
+    kept.
     """
     head = 2 * model.vocab_size * model.embed_dim
     matrices = 2 * (model.num_params - model.vocab_size * model.embed_dim * (1 if model.tie_embeddings else 2))
