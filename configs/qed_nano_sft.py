@@ -9,14 +9,14 @@ dropped), loss on the thoughts and the proof. A packed row holds as many whole d
 fill half a row on average; cuDNN's kernel on H100s takes one document a row, so there they are 32 rows. The number of steps is the
 reference's, and the log tells how many epochs they make. The checkpoint that RL starts from is that of the third epoch.
 
-What `python tools/plan.py --config=configs/qed_nano_sft.py:HARDWARE --topology=SLICE` says (v5p:4x4x4 for v5p-64, v6e:8x8 for v6e-64, v5e:16x16 for v5e-256, h100:8 for h100-8),
-times at the roofline; compiled by libtpu 0.0.42.1, or estimated (*):
+Plans: `python tools/plan.py --config=configs/qed_nano_sft.py:HARDWARE --topology=SLICE`, compiled by libtpu 0.0.42.1 or (*) estimated.
+Times are at the roofline:
 
-    hardware  peak of HBM      executed/model  step, MFU      the run
-    v5p-64    41.58 of 95 GiB  1.13            1.779 s, 88%   0.01 days = 20 chip-hours
-    v6e-64 *  14.41 of 32 GiB  1.20            0.944 s, 83%   0.01 days = 10 chip-hours
-    v5e-256   9.16 of 16 GiB   1.22            1.115 s, 82%   0.01 days = 49 chip-hours
-    h100-8 *  24.16 of 80 GiB  1.41            16.434 s, 71%  0.12 days = 23 chip-hours
+    hardware  slice      peak of HBM      executed/model  step, MFU      the run
+    v5p-64    v5p:4x4x4  41.58 of 95 GiB  1.13            1.779 s, 88%   0.01 days = 20 chip-hours
+    v6e-64 *  v6e:8x8    14.41 of 32 GiB  1.20            0.944 s, 83%   0.01 days = 10 chip-hours
+    v5e-256   v5e:16x16  9.16 of 16 GiB   1.22            1.115 s, 82%   0.01 days = 49 chip-hours
+    h100-8 *  h100:8     24.16 of 80 GiB  1.41            16.434 s, 71%  0.12 days = 23 chip-hours
 
 Never run by us at this size; docs/measurements.md has what was measured.
 """
