@@ -46,7 +46,7 @@ HARDWARE = {
     'v6e-64': {'fsdp': 8, 'context': 8, 'micro_rows': 8, 'remat': 'full', 'attention': ('splash', 'ragged'),
                'tensor': 4, 'slots': 16, 'cache_tokens': 229_376},
     'v5e-256': {'fsdp': 16, 'context': 16, 'micro_rows': 16, 'remat': 'full', 'attention': ('splash', 'ragged'),
-                'tensor': 4, 'slots': 4, 'cache_tokens': 98_304},
+                'tensor': 4, 'slots': 4, 'cache_tokens': 81_920},
     'h100-8': {'fsdp': 8, 'context': 1, 'micro_rows': 8, 'remat': 'full', 'attention': ('cudnn', 'xla'),
                'tensor': 8, 'slots': 128, 'cache_tokens': 1_835_008},
 }

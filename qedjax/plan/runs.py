@@ -170,8 +170,8 @@ def _plan_sft(cfg: SFTConfig, slice: Slice, sizes, model, num_valid, compile, no
         step, passing = found['step'], {'train step': float(found['step'].extra)}
         done = _done(step, slice, least.model_flops)
     else:
-        done, passing = least, {'train step (estimated)': memory.gradient_bytes(model, sizes) + memory.activation_bytes(
-            model, sizes, rows, cfg.row_length)}
+        gradients = memory.gradient_bytes(model, sizes) * (1 if cfg.accumulation == 1 else 2)  # with the sums of those before
+        done, passing = least, {'train step (estimated)': gradients + memory.activation_bytes(model, sizes, rows, cfg.row_length)}
     steps = cfg.steps or 0
     if not steps:
         notes.append('the number of steps follows from the data: set --config.steps to see days')
@@ -200,7 +200,7 @@ def _plan_rl(cfg: RLConfig, slice: Slice, sizes, model, num_valid, compile, answ
         plan.step = _done(found['add'], slice, micro.model_flops).times(micros).plus(_done(found['apply'], slice, 0.0))
         plan.passing = _passing(found, held)
     else:
-        plan.passing['train step (estimated)'] = memory.gradient_bytes(model, sizes) + memory.activation_bytes(
+        plan.passing['train step (estimated)'] = 2 * memory.gradient_bytes(model, sizes) + memory.activation_bytes(
             model, sizes, cfg.micro_rows, cfg.row_length)
     plan.checks = _checks(found, state, model, sizes, cfg.micro_rows, cfg.row_length)
     fitting = _fitting(plan, rollout_model, config, cfg.tensor) * shards

@@ -24,7 +24,7 @@ Config = SFTConfig | RLConfig
 
 SHOWN = 8  # candidates in the table
 TRIES = 4  # compilations before the search gives up
-SPARE = 1.6  # room that a cache leaves to the train step, over its estimate: libtpu needed 1.1 to 1.5 times that of the recipe's steps
+SPARE = 1.5  # room that a cache leaves to the train step, over its estimate: libtpu needed 1.1 to 1.4 times that of the recipe's RL steps
 GRAIN = 2**14  # positions to which a cache is rounded down
 
 
