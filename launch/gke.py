@@ -1,7 +1,7 @@
 """Runs a launch script on a TPU slice of GKE, as a JobSet; pods that are lost come again and go on from the workdir.
 
 python launch/gke.py --name=sft --topology=v5p:4x4x4 --repository=https://github.com/ORG/qedjax --claim=shared --secret=qedjax \\
-    -- launch/sft.py --config=configs/qed_nano_sft.py:/mnt/shared/MODEL --workdir=/mnt/shared/sft
+    -- launch/sft.py --config=configs/qed_nano_sft.py:v5p-64 --config.init=/mnt/shared/MODEL --workdir=/mnt/shared/sft
 
 Needs kubectl with a cluster that has JobSet 0.6 or newer and a node pool of that topology. docs/tpu_vm.md has what comes before.
 """

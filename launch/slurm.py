@@ -1,7 +1,8 @@
 """Submits a launch script to GPU nodes under Slurm; it asks for its next turn at the time limit and goes on from its workdir.
 
 python launch/slurm.py --name=sft --nodes=4 --gpus=8 --time=24:00:00 --env=HF_TOKEN --option=--partition=gpu \\
-    -- launch/sft.py --config=configs/qed_nano_sft.py:MODEL --workdir=/shared/sft
+    -- launch/sft.py --config=configs/qed_nano_sft.py:h100-8 --config.init=MODEL --workdir=/shared/sft \
+    --config.mesh.fsdp=32 --config.accumulation=1
 
 To be started on a login node, from a clone on a disk that the nodes see, with the python of the environment that the job is to have.
 docs/gpu.md is the whole way.

@@ -2,7 +2,7 @@
 
 python launch/tpu_vm.py --name=qed --topology=v5p:4x4x4 --zone=us-east5-a --create --spot --env=HF_TOKEN \\
     --prepare='mountpoint -q /mnt/shared || sudo mount -m ADDRESS:/share /mnt/shared' --logs=/mnt/shared/logs \\
-    -- launch/sft.py --config=configs/qed_nano_sft.py:/mnt/shared/MODEL --workdir=/mnt/shared/sft
+    -- launch/sft.py --config=configs/qed_nano_sft.py:v5p-64 --config.init=/mnt/shared/MODEL --workdir=/mnt/shared/sft
 
 Sends the committed code, installs it, starts the script in the background and watches it. Ctrl-C ends the watching alone; the same
 command takes it up again. docs/tpu_vm.md is the whole way.

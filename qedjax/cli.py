@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from qedjax.checkpoint.manager import CheckpointError
 from qedjax.llm.client import EndpointError
@@ -46,8 +46,13 @@ def run(main: Callable[[Sequence[str]], None], *, words: bool = False) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        return app.parse_flags_with_usage(argv)
-    except KeyError as error:  # --config.NAME of a field that the config has not; all else absl reports itself
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        text = str(error)
+        if 'parsing config file' in text:  # its get_config raised; ml_collections puts a traceback around what it says
+            text = text.rstrip().splitlines()[-1].partition(': ')[2]
+        _end(text, 2)
+    except KeyError as error:  # --config.NAME of a field that the config has not
         _end(error.args[0], 2)
 
 

@@ -58,6 +58,17 @@ def test_a_flag_of_no_field_is_one_sentence(tmp_path):
     assert 'nonsense' in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(('argument', 'sentence'), [
+    ('--config=configs/qed_nano_sft.py:tpu', "error: 'tpu' is no hardware of this config: choose one of v5p-64, v6e-64, v5e-256, h100-8"),
+    ('--config=configs/tiny_sft.py --config.steps=many', 'error: flag --config.steps=many: invalid literal')])
+def test_a_flag_that_cannot_be_read_is_one_sentence(tmp_path, argument, sentence):
+    command = [sys.executable, str(ROOT / 'launch/sft.py'), f'--workdir={tmp_path}', *argument.split()]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(sentence)
+    assert 'Traceback' not in done.stderr
+
+
 def test_distributed_without_a_cluster_is_one_sentence(tmp_path):
     command = [sys.executable, str(ROOT / 'launch/sft.py'), '--config=configs/tiny_sft.py', f'--workdir={tmp_path}', '--distributed']
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, check=False)

@@ -10,6 +10,8 @@ from ml_collections import config_flags
 from qedjax.grading import judge
 from qedjax.llm import remote
 from qedjax.model.config import validate as validate_model
+from qedjax.plan.chips import parse_topology
+from qedjax.plan.runs import plan
 from qedjax.prompts import load
 from qedjax.rl.config import RLConfig
 from qedjax.rl.config import validate as validate_rl
@@ -32,14 +34,53 @@ def test_config_is_valid_and_documented(name):
     assert f'configs/{name}.py' in module.__doc__  # the command
 
 
+HARDWARE = {'v5p-64': 'v5p:4x4x4', 'v6e-64': 'v6e:8x8', 'v5e-256': 'v5e:16x16', 'h100-8': 'h100:8'}
+RECIPE = [(name, hardware) for name in ('qed_nano_sft', 'qed_nano_rl', 'qed_nano_rc') for hardware in HARDWARE]
+
+
+def recipe(name, hardware='v5p-64'):
+    return importlib.import_module(f'configs.{name}').get_config(hardware)
+
+
+@pytest.mark.parametrize(('name', 'hardware'), RECIPE)
+def test_the_recipe_fits_all_hardware_and_differs_in_layout_alone(name, hardware):
+    cfg = recipe(name, hardware)
+    made = plan(cfg, parse_topology(HARDWARE[hardware]), compile=False)
+    assert made.fits
+    if made.rollout:
+        assert made.rollout.in_flight >= made.rollout.engines
+        assert made.rollout.cache_tokens <= made.rollout.fitting_tokens
+    layout = {'model', 'mesh', 'accumulation', 'micro_rows', 'tensor', 'engine'}
+    if hardware == 'h100-8':  # one document a row: twice the rows are as many documents
+        layout.add('batch_size')
+    other = recipe(name)
+    assert all(getattr(cfg, field.name) == getattr(other, field.name) for field in dataclasses.fields(cfg) if field.name not in layout)
+    assert (cfg.model.attention, cfg.model.paged_attention)[:1 + bool(made.rollout)] == (
+        ('cudnn', 'xla') if hardware == 'h100-8' else ('splash', 'ragged'))[:1 + bool(made.rollout)]
+
+
+@pytest.mark.parametrize('hardware', HARDWARE)
+def test_sft_fits_rows_of_the_length_of_rl(hardware):
+    cfg = dataclasses.replace(recipe('qed_nano_sft', hardware), row_length=49_920)
+    assert plan(cfg, parse_topology(HARDWARE[hardware]), compile=False).fits
+
+
+@pytest.mark.parametrize('name', ['qed_nano_sft', 'qed_nano_rl', 'qed_nano_rc'])
+def test_unknown_hardware_is_one_sentence(name):
+    with pytest.raises(ValueError, match='choose one of v5p-64, v6e-64, v5e-256, h100-8') as error:
+        recipe(name, 'Qwen3-4B-Thinking-2507')
+    assert '\n' not in str(error.value)
+    assert '--config.init' in str(error.value)
+
+
 def test_qed_nano_sft_is_the_recipe():
-    cfg = importlib.import_module('configs.qed_nano_sft').get_config()
+    cfg = recipe('qed_nano_sft')
     assert (cfg.steps, cfg.save_every, cfg.evaluate_every, cfg.row_length) == (620, 124, 124, 45_056)
     assert (cfg.optimizer.learning_rate, cfg.optimizer.schedule, cfg.optimizer.warmup_fraction) == (3e-5, 'cosine', 0.03)
 
 
 def test_qed_nano_rl_is_the_recipe():
-    cfg = importlib.import_module('configs.qed_nano_rl').get_config()
+    cfg = recipe('qed_nano_rl')
     assert (cfg.groups, cfg.group_size, cfg.max_tokens, cfg.temperature, cfg.row_length) == (64, 16, 49_152, 0.8, 49_920)
     objective = cfg.objective
     assert (objective.loss, objective.clip_low, objective.clip_high, objective.kl_coef, objective.entropy_coef) == ('ppo', 4, 4, 0, 1e-4)
@@ -52,7 +93,7 @@ def test_qed_nano_rl_is_the_recipe():
 
 
 def test_qed_nano_rc_is_the_recipe():
-    cfg, rl = (importlib.import_module(f'configs.qed_nano_{name}').get_config() for name in ('rc', 'rl'))
+    cfg, rl = (recipe(f'qed_nano_{name}') for name in ('rc', 'rl'))
     chains, decoding = cfg.chains, cfg.chains.decoding
     assert (chains.states, decoding.turns, decoding.mode, cfg.steps, cfg.groups, cfg.group_size) == (2, 3, 'replace', 25, 64, 16)
     assert (decoding.reason.max_tokens, decoding.reason.temperature, cfg.max_tokens) == (49_152, 0.8, 49_152)

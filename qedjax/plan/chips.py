@@ -4,12 +4,15 @@ TPUs: the system architecture pages of cloud.google.com/tpu/docs (v4, v5e, v5p, 
 """
 
 import dataclasses
+import itertools
 import math
 import re
+from collections.abc import Sequence
 
 from qedjax.metrics import peak_flops
 
 GIB = 2**30
+SMEM = 2**20  # bytes of scalar memory of a TPU core, as libtpu says of v5e, v5p and v6e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,19 @@ class Slice:
             return 1.0
         side = max(max(self.sides), 2)
         return min(max(math.ceil(math.log(group, side) - 1e-9), 1), self.chip.torus) / self.chip.torus
+
+    def holds(self, sizes: Sequence[int]) -> bool:
+        """Whether jax.make_mesh lays axes of these sizes on the torus: each takes whole sides, the last first and as many as it can."""
+        if not self.chip.torus or self.devices <= 8:  # of so few, JAX makes rings, which any axes may cut
+            return True
+        sides = [*self.sides, self.chip.devices]
+        for size in reversed(sizes):
+            taken = next((some for count in range(len(sides), 0, -1) for some in itertools.combinations(range(len(sides)), count)
+                          if math.prod(sides[i] for i in some) == size), ())
+            if size > 1 and not taken:
+                return False
+            sides = [side for i, side in enumerate(sides) if i not in taken]
+        return True
 
 
 def parse_topology(text: str) -> Slice:

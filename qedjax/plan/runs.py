@@ -4,6 +4,7 @@ With `compiled` programs the figures are read from them; without, they are estim
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 
@@ -11,7 +12,7 @@ from qedjax.checkpoint.load import load_tokenizer, resolve_config
 from qedjax.data.chat import num_valid_ids
 from qedjax.model.config import ModelConfig
 from qedjax.plan import hlo, memory, programs, work
-from qedjax.plan.chips import Slice
+from qedjax.plan.chips import SMEM, Slice
 from qedjax.plan.collectives import sent_by_kind
 from qedjax.plan.programs import Program
 from qedjax.plan.work import Decoding, Work
@@ -40,6 +41,7 @@ class Plan:
       tokens: that a step trains.
       rollout: of an RL run.
       used: bytes that the compiler came to, where it gave up.
+      blocked: why a program cannot be, whatever HBM there is; '' if none is known.
       checks: sentences on what was looked for in the compiled programs; notes: what a reader must know.
     """
 
@@ -57,6 +59,11 @@ class Plan:
     checks: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     used: float = 0.0
+    blocked: str = ''
+
+    @property
+    def fits(self) -> bool:
+        return not self.blocked and self.peak <= ROOM * self.slice.chip.hbm
 
     @property
     def peak(self) -> float:
@@ -110,6 +117,9 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
         raise ValueError(f'answer={answer} must be between 0 and max_tokens={getattr(cfg, "max_tokens", 0)}')
     sizes = dict(zip(TRAIN_AXES, mesh_sizes(cfg.mesh, slice.devices), strict=True))
     model, num_valid, notes = _model(cfg)
+    shards = sizes['tensor'] * sizes['context']
+    if model.num_heads % shards:
+        raise ValueError(f'num_heads={model.num_heads} cannot be split over tensor x context = {shards} devices')
     compile = compile and programs.can_compile(slice)
     if not slice.chip.torus:
         model = dataclasses.replace(model, attention='cudnn' if model.attention == 'splash' else model.attention)
@@ -127,6 +137,7 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
     except programs.OutOfMemory as error:
         made = make(compile=False)
         made.used = error.used
+        made.blocked = made.blocked or ('' if error.used else str(error))
         made.notes.append(f'{error}; all other figures are estimates')
         return made
 
@@ -134,10 +145,15 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
 def _model(cfg: SFTConfig | RLConfig) -> tuple[ModelConfig, int, list[str]]:
     """The model as it is trained and its decodable ids: those of `init` if it is here, else those that the config tells."""
     if cfg.init and pathlib.Path(cfg.init).is_dir():
-        return resolve_config(cfg.init, cfg.model), num_valid_ids(load_tokenizer(cfg.init)), []
+        return resolve_config(cfg.init, cfg.model), _decodable(cfg.init), []
     model = dataclasses.replace(cfg.model, max_positions=max(cfg.model.max_positions, cfg.row_length))
     return model, model.vocab_size, [f'{cfg.init or "init"} is not here: sizes are those of config.model '
                                      f'({model.num_params / 1e9:.2f} billion parameters)']
+
+
+@functools.lru_cache(maxsize=1)
+def _decodable(init: str) -> int:
+    return num_valid_ids(load_tokenizer(init))
 
 
 def _plan_sft(cfg: SFTConfig, slice: Slice, sizes, model, num_valid, compile, notes) -> Plan:
@@ -154,8 +170,8 @@ def _plan_sft(cfg: SFTConfig, slice: Slice, sizes, model, num_valid, compile, no
         step, passing = found['step'], {'train step': float(found['step'].extra)}
         done = _done(step, slice, least.model_flops)
     else:
-        done, passing = least, {'train step (estimated)': memory.gradient_bytes(model, sizes) + memory.activation_bytes(
-            model, sizes, rows, cfg.row_length)}
+        gradients = memory.gradient_bytes(model, sizes) * (1 if cfg.accumulation == 1 else 2)  # with the sums of those before
+        done, passing = least, {'train step (estimated)': gradients + memory.activation_bytes(model, sizes, rows, cfg.row_length)}
     steps = cfg.steps or 0
     if not steps:
         notes.append('the number of steps follows from the data: set --config.steps to see days')
@@ -184,12 +200,17 @@ def _plan_rl(cfg: RLConfig, slice: Slice, sizes, model, num_valid, compile, answ
         plan.step = _done(found['add'], slice, micro.model_flops).times(micros).plus(_done(found['apply'], slice, 0.0))
         plan.passing = _passing(found, held)
     else:
-        plan.passing['train step (estimated)'] = memory.gradient_bytes(model, sizes) + memory.activation_bytes(
+        plan.passing['train step (estimated)'] = 2 * memory.gradient_bytes(model, sizes) + memory.activation_bytes(
             model, sizes, cfg.micro_rows, cfg.row_length)
     plan.checks = _checks(found, state, model, sizes, cfg.micro_rows, cfg.row_length)
     fitting = _fitting(plan, rollout_model, config, cfg.tensor) * shards
+    table = memory.table_bytes(config.slots // shards, engine_config.table_width(config, rollout_model))
     if compile:
         plan.passing |= _compile_engine(cfg, plan, rollout_model, config, shards, fitting, num_valid)
+    elif rollout_model.paged_attention == 'ragged' and table > SMEM:
+        plan.blocked = (f'decode does not fit: the page table of slots={config.slots} takes {table:,} of the {SMEM:,} bytes of SMEM; lower '
+                        '--config.engine.slots or raise --config.engine.page_size')
+        notes.append(plan.blocked)
     plan.rollout = _rollout(cfg, plan, rollout_model, config, shards, fitting, answer)
     notes.append(f'a step: {answers} answers of {answer:,} tokens in {micros} micro-batches of {cfg.micro_rows} rows')
     if slice.hosts > 1 and cfg.max_lag:
@@ -218,6 +239,7 @@ def _compile_engine(cfg: RLConfig, plan: Plan, model: ModelConfig, config: Engin
         compiled = programs.compile_engine(mesh, model, config, num_valid)
     except programs.OutOfMemory as error:
         plan.notes.append(f'{error}; lower --config.engine.slots={config.slots}')
+        plan.blocked = str(error)
         return {}
     cache = programs.cache_bytes(model, config, shards, cfg.tensor)
     found = {name: programs.measure(name, program) for name, program in compiled.items()}
@@ -236,6 +258,11 @@ def _engine(cfg: RLConfig, model: ModelConfig, slice: Slice) -> tuple[ModelConfi
     return rollout, config, shards
 
 
+def flying(cfg: RLConfig) -> int:
+    """Answers that are sampled at a time, if the engines can."""
+    return cfg.group_size * (max(cfg.in_flight, cfg.groups) if cfg.max_lag else cfg.groups)
+
+
 def _rollout(cfg: RLConfig, plan: Plan, model: ModelConfig, config: EngineConfig, shards: int, fitting: int,
              answer: int) -> Rollout:
     """Sampling of a step's answers with as many rows as slots, cache and answers allow."""
@@ -245,8 +272,7 @@ def _rollout(cfg: RLConfig, plan: Plan, model: ModelConfig, config: EngineConfig
     context, answers = cfg.problems.max_prompt + answer / 2, cfg.groups * cfg.group_size
     if cfg.chains.states:  # the turns of chains are sampled besides
         answers += cfg.groups // cfg.chains.states * (cfg.chains.decoding.turns - (not cfg.chains.replay))
-    flying = max(cfg.in_flight, cfg.groups) * cfg.group_size if cfg.max_lag else cfg.groups * cfg.group_size
-    rows = min(config.slots / shards, min(cached, fitting) / (shards * engines) / context, flying / (shards * engines))
+    rows = min(config.slots / shards, min(cached, fitting) / (shards * engines) / context, flying(cfg) / (shards * engines))
     decoding = work.decoding(model, plan.slice, shards, cfg.tensor, rows, context)
     seconds = answers * answer / (decoding.rate * engines) if decoding.rate else math.inf
     return Rollout(engines, decoding, cached, fitting, min(cached, fitting) / full, seconds, answer)
