@@ -190,7 +190,7 @@ def _plan_rl(cfg: RLConfig, slice: Slice, sizes, model, num_valid, compile, answ
     state = memory.abstract_state(model, cfg.optimizer, sizes)
     micro, update = work.micro_batch(model, sizes, slice, cfg.micro_rows, cfg.row_length), work.update(model, sizes)
     least = micro.times(micros).plus(update)
-    rollout_model, config, shards = _engine(cfg, model, slice)
+    rollout_model, config, shards = engine_of(cfg, model, slice)
     cache = programs.cache_bytes(rollout_model, config, shards, cfg.tensor)
     held = _state_bytes(state) | {'rollout weights': rollout_model.num_params * 2 / cfg.tensor, 'KV cache': float(cache)}
     plan = Plan(slice, model, sizes, compile, held, {}, least, least, cfg.steps, answers * longest, notes=notes)
@@ -246,7 +246,7 @@ def _compile_engine(cfg: RLConfig, plan: Plan, model: ModelConfig, config: Engin
     return _passing(found, plan.held | {'KV cache': float(cache)})
 
 
-def _engine(cfg: RLConfig, model: ModelConfig, slice: Slice) -> tuple[ModelConfig, EngineConfig, int]:
+def engine_of(cfg: RLConfig, model: ModelConfig, slice: Slice) -> tuple[ModelConfig, EngineConfig, int]:
     """Model and sizes of the engine of one host, and its data shards."""
     devices = slice.host.devices
     if devices % cfg.tensor:
