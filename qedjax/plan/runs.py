@@ -116,7 +116,7 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
     if not 0 <= answer <= getattr(cfg, 'max_tokens', 0):
         raise ValueError(f'answer={answer} must be between 0 and max_tokens={getattr(cfg, "max_tokens", 0)}')
     sizes = dict(zip(TRAIN_AXES, mesh_sizes(cfg.mesh, slice.devices), strict=True))
-    model, num_valid, notes = _model(cfg)
+    model, num_valid, notes = model_of(cfg)
     shards = sizes['tensor'] * sizes['context']
     if model.num_heads % shards:
         raise ValueError(f'num_heads={model.num_heads} cannot be split over tensor x context = {shards} devices')
@@ -142,7 +142,7 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
         return made
 
 
-def _model(cfg: SFTConfig | RLConfig) -> tuple[ModelConfig, int, list[str]]:
+def model_of(cfg: SFTConfig | RLConfig) -> tuple[ModelConfig, int, list[str]]:
     """The model as it is trained and its decodable ids: those of `init` if it is here, else those that the config tells."""
     if cfg.init and pathlib.Path(cfg.init).is_dir():
         return resolve_config(cfg.init, cfg.model), _decodable(cfg.init), []
