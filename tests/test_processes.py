@@ -25,7 +25,7 @@ def test_one_process_does_it_all():
         return [item * item for item in items]
 
     assert processes.exchange('x') == ['x']
-    assert asyncio.run(processes.divided([1, 2, 3], work)) == [1, 4, 9]
+    assert asyncio.run(processes.Crew().divided([1, 2, 3], work)) == [1, 4, 9]
 
 
 TALK = '''
@@ -33,18 +33,18 @@ import asyncio, sys
 import jax
 from qedjax import processes
 processes.join()
-me = jax.process_index()
+me, crew = jax.process_index(), processes.Crew()
 assert processes.exchange({'from': me, 'text': 'x' * (70_000 * me)}) == [{'from': p, 'text': 'x' * (70_000 * p)} for p in range(2)]
 async def square(items):
     return [(me, item * item) for item in items]
 for count in (0, 1, 2, 5):
-    assert asyncio.run(processes.divided(list(range(count)), square)) == [(i % 2, i * i) for i in range(count)]
+    assert asyncio.run(crew.divided(list(range(count)), square)) == [(i % 2, i * i) for i in range(count)]
 async def fail(items):
     if me == 1:
         raise RuntimeError('no more grades')
     return items
 try:
-    asyncio.run(processes.divided([1, 2], fail))
+    asyncio.run(crew.divided([1, 2], fail))
 except RuntimeError as error:
     assert str(error) == 'process 1: no more grades', error
     print('told')
