@@ -127,6 +127,7 @@ class Crew:
     that all must run together reach their devices, so no device ever waits for another process's work.
 
     Attributes:
+      process, count: number of this one, and of all.
       hold: a context in which nothing else is put on this process's devices. Two threads, one with a program of all processes and one
         with its own, could queue them in one order on one device and in the other on the next, where both would wait forever.
     """
@@ -134,8 +135,9 @@ class Crew:
     def __init__(self, told: threading.Event | None = None):
         """`told` is set when this process is sent SIGTERM."""
         self.hold: Callable[[], contextlib.AbstractAsyncContextManager[Any]] = contextlib.nullcontext
+        self.process, self.count = jax.process_index(), jax.process_count()
         self._told, self._note = told or threading.Event(), _Note()
-        self._board, self._lock = _Board() if jax.process_count() > 1 else None, threading.Lock()
+        self._board, self._lock = _Board() if self.count > 1 else None, threading.Lock()
 
     async def exchange(self, value: Result) -> list[Result]:
         """As `exchange`, for processes that come to it at about the same time."""
@@ -155,9 +157,9 @@ class Crew:
         try:
             outcome = await self._heeding(work), None
         except (RuntimeError, Preempted) as error:
-            outcome = None, type(error)(f'process {jax.process_index()}: {error}')
+            outcome = None, type(error)(f'process {self.process}: {error}')
         self._note = dataclasses.replace(self._note, done=True)
-        while sum(note.done for note in await self._here()) < jax.process_count():
+        while sum(note.done for note in await self._here()) < self.count:
             await asyncio.sleep(POLL)
         outcomes = await self.exchange(outcome)
         for _, failure in outcomes:
@@ -167,9 +169,8 @@ class Crew:
 
     async def divided(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]) -> list[Result]:
         """What `work` makes of items, the same ones everywhere, of which each process works on its share."""
-        count = jax.process_count()
-        parts = await self.exchanged(work(items[jax.process_index() :: count]))
-        return [parts[i % count][i // count] for i in range(len(items))]
+        parts = await self.exchanged(work(items[self.process :: self.count]))
+        return [parts[i % self.count][i // self.count] for i in range(len(items))]
 
     async def totals(self, *counts: int) -> tuple[int, ...] | None:
         """For work that is done when all together are far enough: the sums of what they count, or None once one of them has ended."""

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from qedjax.llm.client import gather
@@ -49,7 +48,7 @@ class Collector:
         self.counts, self._chains, self._crew = Counts(), chains, crew or Crew()
         self._cfg, self._endpoint, self._actor, self._problems = cfg, endpoint, actor, problems
         # In flight each process has draws of its own; in the synchronous mode all make the same ones and divide their groups.
-        self._draws = Draws(**position, process=jax.process_index(), count=jax.process_count()) if cfg.max_lag else Draws(**position)
+        self._draws = Draws(**position, process=self._crew.process, count=self._crew.count) if cfg.max_lag else Draws(**position)
         self._making: set[asyncio.Task[list[Group]]] = set()
         self._ready: list[Group] = []
         in_order = cfg.problems.order == 'easiest first'
@@ -114,12 +113,12 @@ class Collector:
         self.counts = Counts(*(sum(values) for values in zip(*(dataclasses.astuple(counts) for _, counts in parts), strict=True)))
         ready = [groups for groups, _ in parts]
         chosen = sorted((i, process) for process, groups in enumerate(ready) for i in range(len(groups)))[: self._cfg.groups]
-        self._ready = self._ready[sum(process == jax.process_index() for _, process in chosen) :]
+        self._ready = self._ready[sum(process == self._crew.process for _, process in chosen) :]
         return [ready[process][i] for i, process in chosen]
 
     async def _enough(self, version: int) -> tuple[list[Group], Counts]:
         """What is ready here once there is enough in all processes together. Nothing new is begun before the next step."""
-        share, finished = -(-self._cfg.in_flight // jax.process_count()), 0
+        share, finished = -(-self._cfg.in_flight // self._crew.count), 0
         while await self._more(finished):
             while len(self._making) < share:
                 self._making.add(asyncio.ensure_future(self._groups(*self._next())))
