@@ -4,6 +4,7 @@
     learner  |       |       |     | update  |       |
     grader   |   answers as they come, over the network           |
 
+In several processes each has an engine and a grader of its own, and the update is made together; see rl/collector.py.
 With max_lag = 0 a step begins its groups together, waits for all of them and is reproducible bit by bit.
 """
 
