@@ -27,6 +27,10 @@ class Preempted(Exception):
     """The machine is about to be taken away; the run has been saved."""
 
 
+class Lost(Exception):
+    """The first process of the run, which the others hear of each other through, is gone: nothing can be done together any more."""
+
+
 def join() -> None:
     """Joins the other hosts of a TPU pod, or of a Slurm, Kubernetes or MPI job, as JAX finds them.
 
@@ -115,8 +119,8 @@ class _Board:
                 self._client.key_value_set(f'{self._folder}/{jax.process_index()}', text, allow_overwrite=True)
                 self._written = note
             rows = [json.loads(text) for _, text in self._client.key_value_dir_get(self._folder)]
-        except jax.errors.JaxRuntimeError as error:  # nothing can be saved then: it is not for those who save after a RuntimeError
-            raise ConnectionError(f'the coordinator of this run, its first process, does not answer: {error}') from error
+        except jax.errors.JaxRuntimeError as error:  # no RuntimeError: those who save after one would wait forever
+            raise Lost(f'the coordinator of this run, its first process, does not answer: {error}') from error
         return [_Note(**row | {'counts': tuple(row['counts'])}) for row in rows]
 
 

@@ -104,6 +104,8 @@ def test_sigterm_in_mid_collection_ends_all_and_loses_no_step(folder, judge, run
         assert trained < account(folder / 'run', step + 3, going)[0]
         rows = rows_of(folder / 'run', 'samples')
         assert len({(row['draw'], row['sample']) for row in rows}) == len(rows) == (step + 3) * 3 * 2
+        graded = [row for row in rows if row['step'] > step and row['answer'].strip() and row['reward'] is not None]
+        assert rows_of(folder / 'run', 'metrics')[-1]['grader/graded'] >= len(graded)  # by all four
 
 
 @pytest.mark.multiprocess
@@ -116,5 +118,5 @@ def test_a_process_lost_in_mid_collection_ends_the_others(folder, judge, running
     killed = time.monotonic()
     output = running[1 - lost].communicate(timeout=100)[0]
     assert time.monotonic() - killed < 40
-    assert running[1 - lost].returncode != 0, output
+    assert running[1 - lost].returncode not in (0, 2, 143), output  # with which launchers do not start a run again
     assert ('stopped sending heartbeats' if lost else 'coordinat') in output, output

@@ -9,7 +9,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import FLAGS
 
 from configs.tiny_sft import get_config
 from qedjax.checkpoint.load import load_model, saved_config
@@ -22,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def slurm(process, port, count=2):
     """What Slurm tells one of the processes of a job on this machine; they have four devices in all."""
-    return {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': f'{FLAGS} --xla_force_host_platform_device_count={4 // count}',
+    return {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': f'--xla_force_host_platform_device_count={4 // count}',
             'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost',
             'SLURM_NTASKS': str(count), 'SLURM_PROCID': str(process), 'SLURM_LOCALID': str(process), 'SLURM_STEP_NUM_NODES': '1'}
 
