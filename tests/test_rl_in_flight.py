@@ -12,7 +12,8 @@ from test_rl_processes import CHAINS, folder  # noqa: F401
 
 from qedjax.testing import ScriptedServer
 
-IN_FLIGHT = ('--config.max_lag=2', '--config.in_flight=4', '--config.groups=3', '--config.micro_rows=4')
+IN_FLIGHT = ('--config.max_lag=2', '--config.in_flight=4', '--config.groups=3', '--config.micro_rows=4',
+             '--config.engine.prefill_rows=(1,)', '--config.engine.prefill_tokens=64')
 # As launch/rl.py, but a process counts as lost after eight seconds.
 IMPATIENT = """
 import runpy, sys
