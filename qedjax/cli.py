@@ -1,7 +1,7 @@
 """What every command shares: errors that a user can mend end with one sentence and exit code 2, all others with their traceback.
 
 Ctrl-C ends with one sentence and 130, as shells have it, once a checkpoint that is being written is on disk. SIGTERM, with which machines
-are taken away, ends a run after the step that it is at, with a checkpoint and 143.
+are taken away, ends a run with a checkpoint and 143: SFT after the step that it is at, RL also while it collects the groups of one.
 """
 
 import logging as stdlib_logging

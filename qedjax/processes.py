@@ -2,25 +2,33 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import itertools
+import json
 import pickle
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # see _Board
 from jax.experimental import multihost_utils
 
 Item = TypeVar('Item')
 Result = TypeVar('Result')
-LEAST = 1 << 16  # bytes that are exchanged at least: a power of two each time, so that few programs are compiled
-
+PIECE = 1 << 20  # bytes of each process that are exchanged at a time: one program for all, which takes little of a device's memory
+POLL = 0.25  # seconds between two looks at what the other processes have noted
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost, and all others end
 
 
 class Preempted(Exception):
     """The machine is about to be taken away; the run has been saved."""
+
+
+class Lost(Exception):
+    """The first process of the run, which the others hear of each other through, is gone: nothing can be done together any more."""
 
 
 def join() -> None:
@@ -41,15 +49,22 @@ def preemption() -> Iterator[Callable[[int], bool]]:
     if jax.process_count() > 1:  # JAX's coordinator has taken the signal over
         yield multihost_utils.reached_preemption_sync_point
         return
+    with _sigterm() as told:
+        yield lambda step: told.is_set()
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """Set when this process is sent SIGTERM, which does nothing else."""
     told = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are not this caller's business
-        yield lambda step: False
+        yield told
         return
     before = signal.signal(signal.SIGTERM, lambda *_: told.set())
     try:
-        yield lambda step: told.is_set()
+        yield told
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: the handler was no Python function, but JAX's
 
 
 def exchange(value: Result) -> list[Result]:
@@ -61,30 +76,152 @@ def exchange(value: Result) -> list[Result]:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(data), np.int32))
-    padded = np.zeros(max(LEAST, 1 << int(max(sizes) - 1).bit_length()), np.uint8)
+    padded = np.zeros(-(-int(max(sizes)) // PIECE) * PIECE, np.uint8)
     padded[: len(data)] = data
-    rows = multihost_utils.process_allgather(padded)
+    rows = np.concatenate([multihost_utils.process_allgather(piece) for piece in padded.reshape(-1, PIECE)], axis=1)
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-async def exchanged(work: Awaitable[Result]) -> list[Result]:
-    """What the work of every process comes to, in the order of processes; a RuntimeError of one is raised by all, which then can save."""
-    if jax.process_count() == 1:
-        return [await work]
-    outcome: tuple[Result | None, RuntimeError | None]
-    try:
-        outcome = await work, None
-    except RuntimeError as error:
-        outcome = None, type(error)(f'process {jax.process_index()}: {error}')
-    outcomes = await asyncio.to_thread(exchange, outcome)
-    for _, failure in outcomes:
-        if failure:
-            raise failure
-    return [result for result, _ in outcomes]  # type: ignore[misc]
+@dataclasses.dataclass(frozen=True)
+class _Note:
+    """What a process lets the others know at any time.
+
+    Attributes:
+      number: of the exchange that it works towards.
+      done: whether it has done its work for that one.
+      counts: how far it is with that.
+      stop: whether it was sent SIGTERM.
+    """
+
+    number: int = 0
+    done: bool = False
+    counts: tuple[int, ...] = ()
+    stop: bool = False
 
 
-async def divided(items: Sequence[Item], work: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]) -> list[Result]:
-    """What `work` makes of items, the same ones everywhere, of which each process works on its share."""
-    count = jax.process_count()
-    parts = await exchanged(work(items[jax.process_index() :: count]))
-    return [parts[i % count][i // count] for i in range(len(items))]
+class _Board:
+    """The notes of all processes, kept by JAX's coordinator: whoever reads or writes there waits for nobody.
+
+    JAX offers nothing public of the kind: what it does offer runs on the devices, and these should go on working meanwhile.
+    """
+
+    _made = itertools.count()  # runs in one process after another have boards of their own: all processes make the same ones
+
+    def __init__(self) -> None:
+        self._client: Any = distributed.global_state.client
+        self._folder, self._written = f'qedjax/notes/{next(self._made)}', _Note(-1)
+
+    def swap(self, note: _Note) -> list[_Note]:
+        """Leaves the note of this process and reads those of all that have left one."""
+        try:
+            if note != self._written:
+                text = json.dumps(dataclasses.asdict(note))
+                self._client.key_value_set(f'{self._folder}/{jax.process_index()}', text, allow_overwrite=True)
+                self._written = note
+            rows = [json.loads(text) for _, text in self._client.key_value_dir_get(self._folder)]
+        except jax.errors.JaxRuntimeError as error:  # no RuntimeError: those who save after one would wait forever
+            raise Lost(f'the coordinator of this run, its first process, does not answer: {error}') from error
+        return [_Note(**row | {'counts': tuple(row['counts'])}) for row in rows]
+
+
+class Crew:
+    """The processes of a run while they work, each by itself: how they meet, and hear of SIGTERM before the work is done.
+
+    Who has done its share first tells so on the board and goes on with whatever else it has under way. Only when all have does anything
+    that all must run together reach their devices, so no device ever waits for another process's work.
+
+    Attributes:
+      process, count: number of this one, and of all.
+      hold: a context in which nothing else is put on this process's devices. Two threads, one with a program of all processes and one
+        with its own, could queue them in one order on one device and in the other on the next, where both would wait forever.
+    """
+
+    def __init__(self, told: threading.Event | None = None):
+        """`told` is set when this process is sent SIGTERM."""
+        self.hold: Callable[[], contextlib.AbstractAsyncContextManager[Any]] = contextlib.nullcontext
+        self.process, self.count = jax.process_index(), jax.process_count()
+        self._told, self._note = told or threading.Event(), _Note()
+        self._board, self._lock = _Board() if self.count > 1 else None, threading.Lock()
+
+    async def exchange(self, value: Result) -> list[Result]:
+        """As `exchange`, for processes that come to it at about the same time."""
+        async with self.held():
+            return await asyncio.to_thread(exchange, value) if self._board else [value]
+
+    async def exchanged(self, work: Awaitable[Result]) -> list[Result]:
+        """What the work of every process comes to, in the order of processes.
+
+        A RuntimeError of one is raised by all, which then can save. So is Preempted, when one was sent SIGTERM: work that is not done by
+        then is cancelled.
+        """
+        self._note = _Note(self._note.number + 1)
+        if self._board is None:
+            return [await self._heeding(work)]
+        outcome: tuple[Result | None, Exception | None]
+        try:
+            outcome = await self._heeding(work), None
+        except (RuntimeError, Preempted) as error:
+            outcome = None, type(error)(f'process {self.process}: {error}')
+        self._note = dataclasses.replace(self._note, done=True)
+        while sum(note.done for note in await self._here()) < self.count:
+            await asyncio.sleep(POLL)
+        outcomes = await self.exchange(outcome)
+        for _, failure in outcomes:
+            if failure:
+                raise failure
+        return [result for result, _ in outcomes]  # type: ignore[misc]
+
+    async def divided(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]) -> list[Result]:
+        """What `work` makes of items, the same ones everywhere, of which each process works on its share."""
+        parts = await self.exchanged(work(items[self.process :: self.count]))
+        return [parts[i % self.count][i // self.count] for i in range(len(items))]
+
+    async def totals(self, *counts: int) -> tuple[int, ...] | None:
+        """For work that is done when all together are far enough: the sums of what they count, or None once one of them has ended."""
+        self._note = dataclasses.replace(self._note, counts=counts)
+        notes = await self._here()
+        if any(note.done for note in notes):
+            return None
+        return tuple(map(sum, zip(*(note.counts for note in notes if note.counts), strict=True)))
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Around what all processes run together, if there are several."""
+        async with contextlib.AsyncExitStack() as stack:
+            if self._board:
+                with contextlib.suppress(RuntimeError):  # an engine that failed puts nothing on devices, and the others must hear of it
+                    await stack.enter_async_context(self.hold())
+            yield
+
+    async def _heeding(self, work: Awaitable[Result]) -> Result:
+        """What `work` comes to; Preempted, once some process was sent SIGTERM."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                if any(note.stop for note in await self._notes()):
+                    raise Preempted
+                await asyncio.wait([task], timeout=POLL)
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _here(self) -> list[_Note]:
+        """Notes of the processes that are at the same exchange."""
+        return [note for note in await self._notes() if note.number == self._note.number]
+
+    async def _notes(self) -> list[_Note]:
+        self._note = dataclasses.replace(self._note, stop=self._told.is_set())
+        return await asyncio.to_thread(self._swap) if self._board else [self._note]
+
+    def _swap(self) -> list[_Note]:
+        assert self._board
+        with self._lock:  # and the note as it is now: a thread whose caller has gone must not put an older one over it
+            return self._board.swap(self._note)
+
+
+@contextlib.contextmanager
+def at_work() -> Iterator[Crew]:
+    """The crew of a run, which hears of SIGTERM while this lasts."""
+    with _sigterm() as told:  # in several processes this takes the signal over from JAX, whose notice is bound to steps
+        yield Crew(told)

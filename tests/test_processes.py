@@ -1,6 +1,7 @@
 """Several processes as one run: what they tell each other, who is missed when one is lost, and SIGTERM."""
 
 import asyncio
+import collections
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from qedjax import processes
 from qedjax.checkpoint.load import load_model, saved_config
 from qedjax.sharding import MeshConfig, make_mesh
 from qedjax.testing import write_sums
+from qedjax.train import sft
 from qedjax.train.sft import train
 
 
@@ -25,7 +27,7 @@ def test_one_process_does_it_all():
         return [item * item for item in items]
 
     assert processes.exchange('x') == ['x']
-    assert asyncio.run(processes.divided([1, 2, 3], work)) == [1, 4, 9]
+    assert asyncio.run(processes.Crew().divided([1, 2, 3], work)) == [1, 4, 9]
 
 
 TALK = '''
@@ -33,18 +35,18 @@ import asyncio, sys
 import jax
 from qedjax import processes
 processes.join()
-me = jax.process_index()
+me, crew = jax.process_index(), processes.Crew()
 assert processes.exchange({'from': me, 'text': 'x' * (70_000 * me)}) == [{'from': p, 'text': 'x' * (70_000 * p)} for p in range(2)]
 async def square(items):
     return [(me, item * item) for item in items]
 for count in (0, 1, 2, 5):
-    assert asyncio.run(processes.divided(list(range(count)), square)) == [(i % 2, i * i) for i in range(count)]
+    assert asyncio.run(crew.divided(list(range(count)), square)) == [(i % 2, i * i) for i in range(count)]
 async def fail(items):
     if me == 1:
         raise RuntimeError('no more grades')
     return items
 try:
-    asyncio.run(processes.divided([1, 2], fail))
+    asyncio.run(crew.divided([1, 2], fail))
 except RuntimeError as error:
     assert str(error) == 'process 1: no more grades', error
     print('told')
@@ -111,13 +113,37 @@ def test_a_lost_process_ends_the_others_and_is_named(tmp_path, running, lost):
     assert ('Task 1 heartbeat timeout' if lost else 'coordination service') in output, output  # process 0 is the coordinator
 
 
+# As launch/sft.py, but each process logs the rows that its devices hold in each step.
+LOGGED = '''
+import json, runpy, sys
+import jax
+import numpy as np
+from qedjax.train import sft
+make_train_step, path = sft.make_train_step, sys.argv.pop()
+def logged(*args):
+    step = make_train_step(*args)
+    def log(state, batch):
+        if not isinstance(batch.tokens, jax.core.Tracer):
+            rows = [row.tolist() for shard in batch.tokens.addressable_shards if shard.replica_id == 0
+                    for row in np.asarray(shard.data).reshape(-1, batch.tokens.shape[-1])]
+            with open(path, 'a') as file:
+                file.write(json.dumps([int(state.step), rows]) + chr(10))
+        return step(state, batch)
+    return log
+sft.make_train_step, sys.argv[0] = logged, 'launch/sft.py'
+runpy.run_path('launch/sft.py', run_name='__main__')
+'''
+
+
 @pytest.mark.multiprocess
-@pytest.mark.parametrize('counts', [(1,), (2, 4)])
+@pytest.mark.parametrize('counts', [(1,), (2, 4, 1)])
 def test_sigterm_saves_and_the_run_goes_on_with_any_number_of_processes(tmp_path, running, counts):
+    """The rows of every step are those of one process, each on one device of one process: no repeats and no gaps."""
     flags, step = endless(tmp_path, 'run'), 0
     for count in counts:
         port = free_port()
-        running[:] = [launch(process, port, *flags, *['--distributed'] * (count > 1), count=count) for process in range(count)]
+        running[:] = [launch(process, port, *flags, *['--distributed'] * (count > 1), str(tmp_path / f'rows_{count}_{process}'),
+                             count=count, script=('-c', LOGGED)) for process in range(count)]
         wait_for_steps(tmp_path / 'run', running, step)
         running[-1].send_signal(signal.SIGTERM)
         outputs = [process.communicate(timeout=100)[0] for process in running]
@@ -132,3 +158,11 @@ def test_sigterm_saves_and_the_run_goes_on_with_any_number_of_processes(tmp_path
     for leaf, want in zip(jax.tree.leaves(got), jax.tree.leaves(state.model), strict=True):
         np.testing.assert_allclose(np.asarray(leaf), np.asarray(want), rtol=0, atol=2e-5)
     np.testing.assert_allclose(*(losses(tmp_path / name) for name in ('run', 'whole')), rtol=0, atol=1e-5)
+    rows = collections.defaultdict(list)
+    for path in tmp_path.glob('rows_*'):
+        for number, found in map(json.loads, path.read_text().splitlines()):
+            rows[number] += found
+    loader = sft._Run(cfg, tmp_path / 'unused', jax.devices()[:4]).loader
+    assert [sorted(rows[number]) for number in range(len(rows))] == [sorted(loader.fetch(k).tokens.tolist()) for k in range(step)]
+    seen = [len(path.read_text().splitlines()) for path in tmp_path.glob('rows_*')]
+    assert min(seen) >= 3  # every process had rows in every step that it was there for

@@ -16,12 +16,22 @@ from qedjax.sharding import MeshConfig, make_mesh
 HELD_OUT = ('--config.evaluation.every=2', '--config.evaluation.problems=3')
 
 
-def start_all(folder, workdir, config, *flags):  # noqa: F811
+def start_all(folder, workdir, config, *flags, count=2, script=('launch/rl.py',)):  # noqa: F811
     port = free_port()
-    command = [sys.executable, str(ROOT / 'launch/rl.py'), f'--config=configs/{config}.py:{folder}', f'--workdir={workdir}', *SMALL, *flags,
-               '--distributed']
-    return [subprocess.Popen(command, env=slurm(process, port), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for process in range(2)]
+    command = [sys.executable, *script, f'--config=configs/{config}.py:{folder}', f'--workdir={workdir}', *SMALL, *flags,
+               *['--distributed'] * (count > 1)]
+    return [subprocess.Popen(command, env=slurm(process, port, count), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True) for process in range(count)]
+
+
+def ends(processes, within=400):
+    """Their exit codes and outputs."""
+    outputs = [process.communicate(timeout=within)[0] for process in processes]
+    return [process.returncode for process in processes], '\n'.join(outputs)
+
+
+def rows_of(workdir, name):
+    return [json.loads(line) for line in (workdir / f'{name}.jsonl').read_text().splitlines()]
 
 
 @pytest.mark.multiprocess
@@ -30,11 +40,10 @@ def test_two_processes_make_the_run_of_one(folder, config, flags):  # noqa: F811
     flags = (*flags, '--config.steps=4', '--config.groups=3', '--config.micro_rows=4', *HELD_OUT,
              f'--config.evaluation.source.path={folder}/data/problems.jsonl')
     finish(start(folder, folder / 'one', config, flags))
-    outputs = [(process, process.communicate(timeout=400)[0]) for process in start_all(folder, folder / 'two', config, *flags)]
-    assert [process.returncode for process, _ in outputs] == [0, 0], '\n'.join(output for _, output in outputs)
-    samples = [[json.loads(line) for line in (folder / name / 'samples.jsonl').read_text().splitlines()] for name in ('one', 'two')]
-    assert samples[0] == samples[1]
-    metrics = [[json.loads(line) for line in (folder / name / 'metrics.jsonl').read_text().splitlines()] for name in ('one', 'two')]
+    codes, output = ends(start_all(folder, folder / 'two', config, *flags))
+    assert codes == [0, 0], output
+    assert rows_of(folder / 'one', 'samples') == rows_of(folder / 'two', 'samples')
+    metrics = [rows_of(folder / name, 'metrics') for name in ('one', 'two')]
     for name in ('loss', 'grad_norm', 'reward', 'eval/reward'):
         np.testing.assert_allclose(*([row[name] for row in rows if name in row] for rows in metrics), rtol=0, atol=1e-5)
     models = [load_model(folder / name, make_mesh(MeshConfig(), jax.devices()[:1]), saved_config(folder / name)) for name in ('one', 'two')]

@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import json
+import signal
+import time
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from qedjax.llm.client import EndpointError
 from qedjax.llm.remote import RemoteConfig
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
+from qedjax.processes import Preempted
 from qedjax.rl import loop
 from qedjax.rl.config import EvaluationConfig, RLConfig, validate
 from qedjax.rl.losses import ObjectiveConfig
@@ -288,6 +291,42 @@ def test_what_was_learnt_is_saved_whatever_ends_the_run(policy, tmp_path, count,
     with pytest.raises(type(error), match=str(error)):
         train(cfg, tmp_path, DiesLater(count, error))
     assert [int(path.name) for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()] == [steps]
+
+
+class Preempts(Vowels):
+    """After so many answers the machine is to be taken away, and no more grades come."""
+
+    def __init__(self, count):
+        self.left, self.told = count, 0.0
+
+    async def grade(self, row, answer):
+        self.left -= 1
+        if self.left < 0:
+            self.told = self.told or time.monotonic()
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.sleep(3600)
+        return await super().grade(row, answer)
+
+
+@pytest.mark.parametrize(('count', 'evaluated', 'lag', 'steps'), [(0, 0, 0, [()]), (14, 0, 0, [(2,)]), (10, 2, 0, [(1,)]),
+                                                                  (14, 0, 2, [(1,), (2,)])])
+def test_sigterm_ends_a_step_at_once_and_loses_no_finished_one(policy, tmp_path, count, evaluated, lag, steps):
+    """While groups are collected, also those of an evaluation; what was under way is drawn again."""
+    before = signal.getsignal(signal.SIGTERM)
+    held_out = EvaluationConfig(Source(str(policy / 'problems.jsonl') * bool(evaluated)), every=1, problems=evaluated)
+    cfg = config(policy, save_every=5, evaluation=held_out, max_lag=lag, in_flight=3 * bool(lag))
+    grader = Preempts(count)
+    with pytest.raises(Preempted):
+        train(cfg, tmp_path / 'cut', grader)
+    assert time.monotonic() - grader.told < 5
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert tuple(int(path.name) for path in (tmp_path / 'cut' / 'checkpoints').iterdir() if path.name.isdigit()) in steps
+    again = train(cfg, tmp_path / 'cut')
+    if not lag:
+        assert_equal(again, train(cfg, tmp_path / 'whole'))
+    draws = [row['draw'] for row in rows_of(tmp_path / 'cut', 'samples')]
+    assert all(draws.count(draw) == 3 for draw in set(draws))
+    assert set(range(6 - cfg.in_flight)) <= set(draws)
 
 
 def test_a_run_does_not_replace_what_it_starts_from(policy):

@@ -32,8 +32,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(process, port, *flags, count=2):
-    return subprocess.Popen([sys.executable, str(ROOT / 'launch/sft.py'), *flags], env=slurm(process, port, count), cwd=ROOT,
+def launch(process, port, *flags, count=2, script=('launch/sft.py',)):
+    return subprocess.Popen([sys.executable, *script, *flags], env=slurm(process, port, count), cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

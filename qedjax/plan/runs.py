@@ -213,8 +213,6 @@ def _plan_rl(cfg: RLConfig, slice: Slice, sizes, model, num_valid, compile, answ
         notes.append(plan.blocked)
     plan.rollout = _rollout(cfg, plan, rollout_model, config, shards, fitting, answer)
     notes.append(f'a step: {answers} answers of {answer:,} tokens in {micros} micro-batches of {cfg.micro_rows} rows')
-    if slice.hosts > 1 and cfg.max_lag:
-        notes.append(f'max_lag={cfg.max_lag}: RL in several processes is synchronous for now and refuses this; set max_lag=0')
     return plan
 
 

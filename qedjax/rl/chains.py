@@ -6,7 +6,7 @@ engine, and a chain's summaries are kept for later chains where replay is on.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from qedjax.llm import remote
 from qedjax.llm.client import EndpointError, gather
 from qedjax.llm.local import LocalEndpoint
 from qedjax.llm.remote import RemoteConfig, RemoteEndpoint
-from qedjax.processes import divided
+from qedjax.processes import Crew
 from qedjax.reasoning_cache import decoder
 from qedjax.reasoning_cache.decoder import Decoder, RCConfig, Writer
 from qedjax.reasoning_cache.prompts import reasoning_prompt
@@ -24,6 +24,7 @@ from qedjax.reasoning_cache.states import Difficulty, ReplayBuffer, Stored, samp
 from qedjax.rl.problems import Problem
 from qedjax.rl.together import all_at_once
 
+News = list[tuple[str, tuple[Any, ...]]]  # what happened to what chains know: see _learn
 BREAKER = 20  # chains in a row that fail before the run stops
 
 
@@ -73,12 +74,21 @@ def longest(cfg: ChainsConfig, problem: str, tokenizer: Any) -> tuple[int, int]:
 
 
 class Chains:
-    """Turns draws of problems into prompts of states."""
+    """Turns draws of problems into prompts of states.
+
+    In flight, what earlier chains left is known at once to the process that made them; to the others, and for good, once they `agree`: in
+    one order, so that all know the same.
+
+    Attributes:
+      replay, difficulty: what earlier chains and their groups left.
+      news: what has been added to it since `tell` was last called.
+    """
 
     def __init__(self, cfg: ChainsConfig, endpoint: LocalEndpoint, tokenizer: Any, stops: tuple[int, ...], seed: int,
-                 problems: Sequence[Problem]):
-        self.cfg, self.replay, self.failures = cfg, ReplayBuffer(cfg.replay, cfg.horizon), 0
-        self.difficulty = Difficulty(cfg.least, cfg.most)
+                 problems: Sequence[Problem], crew: Crew | None = None):
+        self.cfg, self.failures = cfg, 0
+        self.replay, self.difficulty, self.news = ReplayBuffer(cfg.replay, cfg.horizon), Difficulty(cfg.least, cfg.most), News()
+        self._agreed, self._crew = _copies(self.replay, self.difficulty), crew or Crew()
         self._endpoint, self._problems, self._seed, self._tokenizer = endpoint, problems, seed, tokenizer
         self._remote = RemoteEndpoint(cfg.summariser) if cfg.summariser.base_url else None
         policy = Writer(endpoint, tokenizer, stops)
@@ -97,7 +107,7 @@ class Chains:
     async def together(self, drawn: Sequence[tuple[int, int]]) -> list[list[Problem]]:
         """The same for several (number, draw), turn by turn, so that what the engine computes depends on nothing else."""
         begun = [self._begin(*pair) for pair in drawn]
-        traces = await divided(begun, self._decode)
+        traces = await self._crew.divided(begun, self._decode)
         return [self._end(*pair, start.version, trace) for pair, (start, _), trace in zip(drawn, begun, traces, strict=True)]
 
     async def _decode(self, begun: Sequence[tuple[Stored, int]]) -> list[Trace]:
@@ -112,20 +122,50 @@ class Chains:
                 traces[i] = trace
         return traces
 
-    def known(self) -> tuple[ReplayBuffer, Difficulty]:
-        """Copies of what earlier chains left, which later ones do not change."""
-        means, passed = dict(self.difficulty.means), dict(self.difficulty.passed)
-        return (dataclasses.replace(self.replay, stored=dict(self.replay.stored)),
-                dataclasses.replace(self.difficulty, means=means, passed=passed))
+    def admit(self, number: int) -> bool:
+        """Whether to train a problem that has come up: see Difficulty."""
+        return self._learn('admit', number)
 
-    def to_json(self) -> dict[str, Any]:
-        """What the next process must know, as JSON can hold it."""
-        return {'replay': self.replay.to_json(), 'difficulty': self.difficulty.to_json()}
+    def rewarded(self, number: int, reward: float) -> None:
+        """Takes in the mean reward of a group."""
+        self._learn('update', number, reward)
 
-    def load(self, row: dict[str, Any]) -> None:
-        """Inverse of to_json."""
+    def known(self) -> tuple[ReplayBuffer, Difficulty, News]:
+        """Copies of what is known, which later chains do not change."""
+        return *_copies(self.replay, self.difficulty), list(self.news)
+
+    def forget(self, known: tuple[ReplayBuffer, Difficulty, News]) -> None:
+        """Goes back to what was known before."""
+        self.replay, self.difficulty, self.news = known
+
+    def tell(self) -> News:
+        """What the others do not know yet."""
+        news, self.news = self.news, News()
+        return news
+
+    def agree(self, told: Sequence[News]) -> Mapping[str, Any]:
+        """Takes in what all processes have told, this one among them; returns what is known now, as JSON can hold it.
+
+        What this process learnt after it told is kept for the next time.
+        """
+        for name, values in itertools.chain(*told):
+            _add(*self._agreed, name, values)
+        self.replay, self.difficulty = _copies(*self._agreed)
+        for name, values in self.tell():
+            self._learn(name, *values)
+        replay, difficulty = self._agreed
+        return {'replay': replay.to_json(), 'difficulty': difficulty.to_json()}
+
+    def load(self, row: Mapping[str, Any]) -> None:
+        """Begins with what `agree` returned before a restart."""
         self.replay.load(row['replay'])
         self.difficulty.load(row['difficulty'])
+        self._agreed = _copies(self.replay, self.difficulty)
+
+    def _learn(self, name: str, *values: Any) -> Any:
+        """'add' to the replay buffer, 'update' or 'admit' of the difficulties, with these arguments."""
+        self.news.append((name, values))
+        return _add(self.replay, self.difficulty, name, values)
 
     async def close(self) -> None:
         """Closes the connection to the summariser."""
@@ -147,7 +187,7 @@ class Chains:
                 version = max((newest for newest, _ in completion.versions), default=0)
             found.append(Stored(state, version))
         if found:
-            self.replay.add(number, found)
+            self._learn('add', number, found)
         chosen = sample_states(trace.states[: self.cfg.decoding.turns], self.cfg.states, (self._seed, draw, 3))
         return [self._prompt(number, state) for state in chosen]
 
@@ -162,3 +202,13 @@ class Chains:
         ids = reasoning_prompt(self.cfg.decoding.prompts, state, self._tokenizer)
         summary = '\n\n'.join(part.text for part in state.summary)
         return Problem(tuple(ids), self._problems[number].row, state.turn, summary)  # type: ignore[arg-type]
+
+
+def _copies(replay: ReplayBuffer, difficulty: Difficulty) -> tuple[ReplayBuffer, Difficulty]:
+    return (dataclasses.replace(replay, stored=dict(replay.stored)),
+            dataclasses.replace(difficulty, means=dict(difficulty.means), passed=dict(difficulty.passed)))
+
+
+def _add(replay: ReplayBuffer, difficulty: Difficulty, name: str, values: tuple[Any, ...]) -> Any:
+    methods: dict[str, Callable[..., Any]] = {'add': replay.add, 'update': difficulty.update, 'admit': difficulty.admit}
+    return methods[name](*values)

@@ -55,7 +55,8 @@ class RLConfig:
       group_size: answers to a problem. groups: problems a step. steps: updates.
       temperature, max_tokens: of every answer.
       max_lag: versions that the oldest id of a trained answer may be behind; 0 is synchronous and reproducible.
-      in_flight: groups that are sampled or graded at a time when max_lag is positive; with chains, draws of `chains.states` groups.
+      in_flight: groups that are sampled or graded at a time when max_lag is positive; with chains, draws of `chains.states` groups. Several
+        processes share them equally, rounded up.
       objective, optimizer, mesh, engine: see there. `tensor` devices share the heads of the rollout engine's model.
       row_length: tokens a packed row; micro_rows: rows a micro-batch.
       evaluation: see there.

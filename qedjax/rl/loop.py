@@ -4,6 +4,7 @@
     learner  |       |       |     | update  |       |
     grader   |   answers as they come, over the network           |
 
+In several processes each has an engine and a grader of its own, and the update is made together; see rl/collector.py.
 With max_lag = 0 a step begins its groups together, waits for all of them and is reproducible bit by bit.
 """
 
@@ -29,7 +30,7 @@ from qedjax.grading.grader import Grader, make_grader
 from qedjax.llm.local import LocalEndpoint
 from qedjax.metrics import MetricWriter, Progress, keep_rows, write_run_files
 from qedjax.model.config import ModelConfig
-from qedjax.processes import Preempted, divided, preemption
+from qedjax.processes import Crew, Preempted, at_work
 from qedjax.rl import chains as chain_settings
 from qedjax.rl.actor import Actor
 from qedjax.rl.chains import Chains
@@ -62,18 +63,17 @@ def train(cfg: RLConfig, workdir: str, *, mode: str = 'resume', devices: list[ja
 
     Raises ValueError for a config, data or checkpoint that does not fit; EndpointError when the grader cannot serve any more and
     RuntimeError when no group can be trained (the checkpoint of the last step is written first); FloatingPointError after `max_skipped`
-    bad steps in a row; Preempted after SIGTERM, with a checkpoint written.
+    bad steps in a row; Preempted after SIGTERM, with a checkpoint of the last step written: what was being sampled is sampled again.
     """
     validate(cfg)
-    if jax.process_count() > 1 and cfg.max_lag:
-        raise ValueError('RL in several processes is synchronous for now: set max_lag=0')
     refuse_inside(workdir, init=cfg.init, reference=cfg.reference)
     run = _Run(cfg, pathlib.Path(workdir), devices, grader)
     identity = fingerprint(cfg, run.model_config, run.problems)
     with Checkpointer(run.workdir / 'checkpoints', identity, mode=mode, keep=cfg.keep) as checkpoints:
         copy_tokenizer(cfg.init, run.workdir, anew=checkpoints.latest_complete() is None)
         write_run_files(run.workdir, dataclasses.replace(cfg, model=run.model_config))
-        return asyncio.run(run.main(checkpoints))
+        with at_work() as crew:
+            return asyncio.run(run.main(checkpoints, crew))
 
 
 def fingerprint(cfg: RLConfig, model: ModelConfig, problems: Sequence[Problem]) -> dict[str, Any]:
@@ -167,21 +167,23 @@ class _Run:
         settings = self.cfg.evaluation
         return dataclasses.replace(self._params(), temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
 
-    async def main(self, checkpoints: Checkpointer) -> TrainState:
+    async def main(self, checkpoints: Checkpointer, crew: Crew) -> TrainState:
         """The whole run, inside an event loop."""
-        cfg, self.checkpoints = self.cfg, checkpoints
+        cfg, self.checkpoints, self.crew = self.cfg, checkpoints, crew
         state, position, start = self._start()
         if cfg.objective.kl_coef:
             self.learner.reference = load_model(cfg.reference or cfg.init, self.mesh, self.reference_config)
         self.engine = Engine(state.model, self.rollout_mesh, self.engine_config, self.num_valid, self.tokenizer, cfg=self.rollout_config)
         self.engine.version = start
         async with LocalEndpoint(self.engine, self.stops) as self.endpoint:
+            self.crew.hold = self.endpoint.held
             self.actor = Actor(self.endpoint, self.grader, self.tokenizer, self._params(), cfg.group_size, cfg.seed)
             self.chains = None
             if cfg.chains.states:
-                self.chains = Chains(cfg.chains, self.endpoint, self.tokenizer, self.stops, cfg.seed, self.problems)
-                self.chains.load(position.pop('chains', self.chains.to_json()))
-            self.collector = Collector(cfg, self.endpoint, self.actor, self.problems, self.chains, **position)
+                self.chains = Chains(cfg.chains, self.endpoint, self.tokenizer, self.stops, cfg.seed, self.problems, self.crew)
+                if 'chains' in position:
+                    self.chains.load(position.pop('chains'))
+            self.collector = Collector(cfg, self.endpoint, self.actor, self.problems, self.chains, self.crew, **position)
             try:
                 return await self._steps(state, start)
             finally:
@@ -204,15 +206,12 @@ class _Run:
             samples = pathlib.Path(os.devnull)  # the first process writes the answers of all
         else:
             keep_rows(samples, start)
-        with MetricWriter(self.workdir, start or -1) as writer, samples.open('a', encoding='utf-8') as file, preemption() as preempted:
+        with MetricWriter(self.workdir, start or -1) as writer, samples.open('a', encoding='utf-8') as file:
             if start == 0:
                 await self._evaluate(writer, 0)
             for step in range(start, cfg.steps):
                 state = await self._step(state, step, writer, progress, file)
                 done, last = step + 1, step + 1 == cfg.steps
-                if preempted(done) and not last:
-                    await self._save(done, state)
-                    raise Preempted
                 evaluated = last or (every and done % every == 0)
                 score = await self._safely(self._evaluate(writer, done), done, state) if evaluated else None
                 if last or done % cfg.save_every == 0:
@@ -220,10 +219,10 @@ class _Run:
         return state
 
     async def _safely(self, work: Awaitable[Result], step: int, state: TrainState) -> Result:
-        """What `work` comes to. If the grader fails it, what was learnt until then is saved first."""
+        """What `work` comes to. If the grader fails it or SIGTERM ends it, what was learnt until then is saved first."""
         try:
             return await work
-        except RuntimeError:  # EndpointError among them
+        except (RuntimeError, Preempted):  # EndpointError among them
             await self._save(step, state)
             raise
 
@@ -237,7 +236,8 @@ class _Run:
         await self.endpoint.set_weights(state.model, step + 1)
         clock.lap('learn')
         dropped = {f'dropped/{name}': count for name, count in vars(self.collector.counts).items()}
-        grader = {f'grader/{name}': value for name, value in self.grader.report().items()}
+        reports = await self.crew.exchange(self.grader.report())
+        grader = {f'grader/{name}': sum(report[name] for report in reports) for name in reports[0]}
         metrics |= describe(groups, cfg, step) | dropped | grader | clock.shares()
         write_samples(file, step + 1, groups)
         tokens = sum(len(r.completion.ids) for group in groups for r in group.rollouts)
@@ -250,10 +250,9 @@ class _Run:
     async def _save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Writes a checkpoint, in a thread: answers of the judge go on coming in."""
         if step and step != self.checkpoints.latest_complete():
-            position = {'draw': self.collector.draw, 'pending': self.collector.pending}
-            position |= {'chains': self.chains.to_json()} if self.chains else {}
-            metadata = {'model': dataclasses.asdict(self.model_config), 'position': position}
-            await asyncio.to_thread(self.checkpoints.save, step, state, metadata, None if score is None else -score)
+            metadata = {'model': dataclasses.asdict(self.model_config), 'position': await self.collector.agree()}
+            async with self.crew.held():  # processes wait for each other on their devices when they begin to save
+                await asyncio.to_thread(self.checkpoints.save, step, state, metadata, None if score is None else -score)
             await asyncio.to_thread(self.checkpoints.wait)
 
     async def _evaluate(self, writer: MetricWriter, step: int) -> float | None:
@@ -267,7 +266,7 @@ class _Run:
             works = [actor.group(problem, i) for i, problem in held_out]
             return await all_at_once(self.endpoint, works, len(works) * actor.size)
 
-        groups = await divided(list(enumerate(self.held_out)), answer)
+        groups = await self.crew.divided(list(enumerate(self.held_out)), answer)
         metrics = evaluation_metrics(groups)
         writer.write(step, metrics)
         logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})
