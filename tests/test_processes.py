@@ -36,7 +36,7 @@ import jax
 from qedjax import processes
 processes.join()
 me, crew = jax.process_index(), processes.Crew()
-assert processes.exchange({'from': me, 'text': 'x' * (70_000 * me)}) == [{'from': p, 'text': 'x' * (70_000 * p)} for p in range(2)]
+assert processes.exchange({'from': me, 'text': 'x' * (2_000_000 * me)}) == [{'from': p, 'text': 'x' * (2_000_000 * p)} for p in range(2)]
 async def square(items):
     return [(me, item * item) for item in items]
 for count in (0, 1, 2, 5):
