@@ -1,4 +1,4 @@
-"""launch/rl.py in two processes, as a Slurm job would start it: the run of one process, its samples and its parameters."""
+"""launch/rl.py in several processes, as a Slurm job would start it: the run of one process, its samples and its parameters."""
 
 import json
 import subprocess
@@ -35,17 +35,18 @@ def rows_of(workdir, name):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(('config', 'flags'), [('derivations_rl', ()), ('derivations_rc', CHAINS)])
-def test_two_processes_make_the_run_of_one(folder, config, flags):  # noqa: F811
+@pytest.mark.parametrize(('config', 'flags', 'count'), [('derivations_rl', (), 4), ('derivations_rc', CHAINS, 2)])
+def test_several_processes_make_the_run_of_one(folder, config, flags, count):  # noqa: F811
     flags = (*flags, '--config.steps=4', '--config.groups=3', '--config.micro_rows=4', *HELD_OUT,
              f'--config.evaluation.source.path={folder}/data/problems.jsonl')
     finish(start(folder, folder / 'one', config, flags))
-    codes, output = ends(start_all(folder, folder / 'two', config, *flags))
-    assert codes == [0, 0], output
-    assert rows_of(folder / 'one', 'samples') == rows_of(folder / 'two', 'samples')
-    metrics = [rows_of(folder / name, 'metrics') for name in ('one', 'two')]
+    codes, output = ends(start_all(folder, folder / 'several', config, *flags, count=count))
+    assert codes == [0] * count, output
+    assert rows_of(folder / 'one', 'samples') == rows_of(folder / 'several', 'samples')
+    metrics = [rows_of(folder / name, 'metrics') for name in ('one', 'several')]
     for name in ('loss', 'grad_norm', 'reward', 'eval/reward'):
         np.testing.assert_allclose(*([row[name] for row in rows if name in row] for rows in metrics), rtol=0, atol=1e-5)
-    models = [load_model(folder / name, make_mesh(MeshConfig(), jax.devices()[:1]), saved_config(folder / name)) for name in ('one', 'two')]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    models = [load_model(folder / name, mesh, saved_config(folder / name)) for name in ('one', 'several')]
     for got, want in zip(*map(jax.tree.leaves, models), strict=True):
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=0, atol=2e-5)
