@@ -2,7 +2,8 @@
 
 python launch/rl.py --config=configs/derivations_rl.py:runs/quickstart --workdir=runs/rl [--config.optimizer.learning_rate=1e-5 ...]
 
-Started again with the same workdir, it resumes from the newest complete checkpoint; what the judge has marked is not paid for again.
+Started again with the same workdir, it resumes from the newest complete checkpoint; what the judge has marked is not paid for again
+(of several processes each keeps what its own judge was paid for).
 Where there are several hosts, start it on each of them, with --distributed and a workdir that all of them see: each samples and grades a
 share of every step's groups, and all make the update together.
 """

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 from jax._src import distributed  # see _Board
 from jax.experimental import multihost_utils
 
@@ -25,6 +26,9 @@ HEARTBEAT = 30  # seconds without a sign of life after which a process counts as
 
 class Preempted(Exception):
     """The machine is about to be taken away; the run has been saved."""
+
+
+FAILURES = (RuntimeError, ValueError, OSError, Preempted)  # of one process that all then raise, so that all can save and end alike
 
 
 class Lost(Exception):
@@ -41,6 +45,8 @@ def join() -> None:
     except ValueError as error:
         raise ValueError(f'--distributed is for a TPU slice, a Slurm step or an MPI job, and this is none ({error}); '
                          'leave it out on a single host') from error
+    logging.info('process %d of %d; the first one, which the others cannot do without, is at %s', jax.process_index(), jax.process_count(),
+                 distributed.global_state.coordinator_address)
 
 
 @contextlib.contextmanager
@@ -151,8 +157,8 @@ class Crew:
     async def exchanged(self, work: Awaitable[Result]) -> list[Result]:
         """What the work of every process comes to, in the order of processes.
 
-        A RuntimeError of one is raised by all, which then can save. So is Preempted, when one was sent SIGTERM: work that is not done by
-        then is cancelled.
+        What one fails with, if it is of FAILURES, is raised by all, which then can save. So is Preempted, when one was sent SIGTERM: work
+        that is not done by then is cancelled.
         """
         self._note = _Note(self._note.number + 1)
         if self._board is None:
@@ -160,8 +166,9 @@ class Crew:
         outcome: tuple[Result | None, Exception | None]
         try:
             outcome = await self._heeding(work), None
-        except (RuntimeError, Preempted) as error:
-            outcome = None, type(error)(f'process {self.process}: {error}')
+        except FAILURES as error:
+            kind = type(error) if isinstance(error, RuntimeError | Preempted) else ValueError  # others are not all made of one text
+            outcome = None, kind(f'process {self.process}: {error}')
         self._note = dataclasses.replace(self._note, done=True)
         while sum(note.done for note in await self._here()) < self.count:
             await asyncio.sleep(POLL)
@@ -170,6 +177,18 @@ class Crew:
             if failure:
                 raise failure
         return [result for result, _ in outcomes]  # type: ignore[misc]
+
+    def made(self, make: Callable[[], Result]) -> Result:
+        """What `make` returns here, once all have made theirs; what it fails with in one process is raised by all."""
+        if self.count == 1:
+            return make()
+        here: list[Result] = []
+
+        async def work() -> None:
+            here.append(make())
+
+        asyncio.run(self.exchanged(work()))
+        return here[0]
 
     async def divided(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]) -> list[Result]:
         """What `work` makes of items, the same ones everywhere, of which each process works on its share."""

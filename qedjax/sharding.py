@@ -110,8 +110,13 @@ def _explicit_mesh(sizes: Sequence[int], axes: Sequence[str], devices: Sequence[
     try:
         return jax.make_mesh(tuple(sizes), tuple(axes), axis_types=(AxisType.Explicit,) * len(axes), devices=devices)
     except NotImplementedError as error:  # so JAX says of TPUs alone, whose devices form a torus
-        raise ValueError(f'mesh {dict(zip(axes, sizes, strict=True))} cannot be laid on this TPU slice: the size of each axis must be the '
-                         'product of some of its sides, as 16 x 4 is of 4x4x4 and 8 x 8 of 8x8') from error
+        raise off_torus(dict(zip(axes, sizes, strict=True))) from error
+
+
+def off_torus(sizes: dict[str, int]) -> ValueError:
+    """The error of a mesh that a TPU slice cannot hold."""
+    return ValueError(f'mesh {sizes} cannot be laid on this TPU slice: the size of each axis must be the product of some of its sides, as '
+                      '16 x 4 is of 4x4x4 and 8 x 8 of 8x8')
 
 
 def spec(*names: str | None) -> PartitionSpec:

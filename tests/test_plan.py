@@ -18,6 +18,7 @@ from qedjax.plan import costs, hlo, memory, programs, work
 from qedjax.plan.chips import CHIPS, parse_topology
 from qedjax.plan.report import report
 from qedjax.plan.runs import plan
+from qedjax.rl.batch import Sample, pack
 from qedjax.rollout.engine_config import EngineConfig
 from qedjax.sharding import MeshConfig, create, make_mesh, make_rollout_mesh
 from qedjax.testing import random_batch, tiny_config
@@ -35,7 +36,8 @@ def test_every_chip_has_a_peak_and_a_balance_that_can_be():
 
 
 @pytest.mark.parametrize(('text', 'devices', 'hosts'), [('v5p:4x4x4', 64, 16), ('v5e:16x16', 256, 64), ('v7x:2x2x1', 8, 1),
-                                                        ('h100:8', 8, 1), ('H200:16', 16, 2), ('v5e:1x1', 1, 1)])
+                                                        ('h100:8', 8, 1), ('H200:16', 16, 2), ('v5e:1x1', 1, 1), ('v6e:2x4', 8, 1),
+                                                        ('v5e:4x4', 16, 4)])
 def test_topologies(text, devices, hosts):
     slice = parse_topology(text)
     assert (slice.devices, slice.hosts, slice.name) == (devices, hosts, text.lower())
@@ -118,6 +120,16 @@ def test_what_a_longer_answer_costs():
     assert short.learn_seconds < long.learn_seconds / 2
 
 
+@pytest.mark.parametrize(('attention', 'documents'), [('cudnn', 1), ('splash', None)])
+def test_the_micro_batches_of_a_step_are_those_that_are_packed(attention, documents):
+    cfg = config('qed_nano_rl', groups=2, group_size=32, micro_rows=4, max_tokens=3000, row_length=10_000, mesh=MeshConfig(fsdp=4))
+    cfg.model = dataclasses.replace(cfg.model, attention=attention)
+    sample = Sample((0,) * 768, (0,) * 3000, (0.0,) * 3000, 0.0, 1.0)
+    micros = len(pack([sample] * 64, 10_000, 4, documents))
+    made = plan(cfg, parse_topology('h100:4'), compile=False) if documents else plan(cfg, parse_topology('v5p:2x2x1'), compile=False)
+    assert any(f'in {micros} micro-batches' in note for note in made.notes)
+
+
 def test_a_mesh_that_a_torus_cannot_hold_is_one_sentence(monkeypatch):
     def refuse(*_, **__):
         raise NotImplementedError('Failed to find assignment')
@@ -150,6 +162,8 @@ def test_a_program_that_does_not_fit_is_still_planned(monkeypatch, message, used
     ('qed_nano_sft', 'v5p:2x2x2', {}, 'needs 64 devices'), ('qed_nano_sft', 'v5p:4x4x4', {'batch_size': 8}, 'cannot be shared evenly'),
     ('qed_nano_sft', 'v5p:4x4x4', {'optimizer': OptimizerConfig(name='adam')}, 'choose one of'),
     ('qed_nano_rl', 'v5p:4x4x4', {'tensor': 3}, 'must divide the 4 devices'),
+    ('qed_nano_rl', 'v5p:4x4x4', {'mesh': MeshConfig(fsdp=32, context=2), 'micro_rows': 32}, 'cannot be laid on this TPU slice'),
+    ('qed_nano_sft', 'v5p:4x4x4', {'model': ModelConfig(remat='some')}, 'remat'),
     ('qed_nano_rl', 'v5p:4x4x4', {'model': ModelConfig(embed_dim=2570)}, 'cannot share evenly')])
 def test_runs_that_cannot_be_are_refused(name, topology, changes, reason):
     with pytest.raises(ValueError, match=reason):

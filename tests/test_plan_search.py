@@ -49,6 +49,11 @@ def test_a_torus_holds_what_jax_lays_on_it(topology, sizes):
     assert slice.holds(sizes) == laid
 
 
+def test_gpus_of_several_hosts_share_no_row():
+    ranked = search.search(config('qed_nano_sft', batch_size=64), parse_topology('h100:64'))
+    assert max(one.plan.sizes['context'] * one.plan.sizes['tensor'] for one in ranked) == 8
+
+
 @pytest.mark.parametrize(('name', 'topology'), [('qed_nano_sft', 'v5e:16x16'), ('qed_nano_rl', 'v6e:8x8'), ('qed_nano_rc', 'h100:8')])
 def test_what_is_found_fits_and_is_ranked_by_the_time_of_a_step(name, topology):
     slice = parse_topology(topology)

@@ -76,7 +76,8 @@ def running():
 def endless(tmp_path, name):
     write_sums(tmp_path / 'sums')
     return [f'--config=configs/tiny_sft.py:{tmp_path}/sums', f'--workdir={tmp_path}/{name}', '--config.steps=100000',
-            '--config.optimizer.schedule=constant', '--config.optimizer.warmup_fraction=0', '--config.save_every=100000',
+            '--config.optimizer.schedule=constant', '--config.optimizer.warmup_fraction=0',
+            '--config.optimizer.learning_rate=3e-4', '--config.save_every=100000',
             '--config.evaluate_every=100000']
 
 
@@ -151,7 +152,7 @@ def test_sigterm_saves_and_the_run_goes_on_with_any_number_of_processes(tmp_path
         assert all('ended by SIGTERM, and saved' in output for output in outputs)
         step = last_step(tmp_path / 'run')
     cfg = get_config(str(tmp_path / 'sums'))
-    cfg.optimizer.schedule, cfg.optimizer.warmup_fraction = 'constant', 0.0
+    cfg.optimizer.schedule, cfg.optimizer.warmup_fraction, cfg.optimizer.learning_rate = 'constant', 0.0, 3e-4  # as in `endless`
     cfg.steps, cfg.mesh = step, MeshConfig(fsdp=4)
     state = train(cfg, str(tmp_path / 'whole'), devices=jax.devices()[:4])
     got = load_model(tmp_path / 'run', make_mesh(MeshConfig(), jax.devices()[:1]), saved_config(tmp_path / 'run'))

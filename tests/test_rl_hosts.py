@@ -34,6 +34,34 @@ def rows_of(workdir, name):
     return [json.loads(line) for line in (workdir / f'{name}.jsonl').read_text().splitlines()]
 
 
+# As launch/rl.py, but something happens in the second process while it reads the problems.
+HAPPENS = """
+import os, runpy, signal, sys
+import jax
+from qedjax.rl import loop
+read, sys.argv[0] = loop.read_problems, 'launch/rl.py'
+def reading(*args):
+    if jax.process_index():
+        {event}
+    return read(*args)
+loop.read_problems = reading
+runpy.run_path('launch/rl.py', run_name='__main__')
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(('event', 'code', 'sentence'), [
+    ("raise OSError('/mnt/shared is not mounted')", 2, '/mnt/shared is not mounted'),
+    ('os.kill(os.getpid(), signal.SIGTERM)', 143, 'ended by SIGTERM')])
+def test_what_happens_to_one_process_at_the_start_ends_all_alike(folder, event, code, sentence):  # noqa: F811
+    flags = '--config.steps=3', '--config.micro_rows=4'
+    processes = start_all(folder, folder / 'run', 'derivations_rl', *flags, script=('-c', HAPPENS.format(event=event)))
+    codes, output = ends(processes)
+    assert codes == [code] * 2, output
+    assert output.count(sentence) >= 2
+    assert not (folder / 'run' / 'metrics.jsonl').exists() or not any('loss' in row for row in rows_of(folder / 'run', 'metrics'))
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(('config', 'flags', 'count'), [('derivations_rl', (), 4), ('derivations_rc', CHAINS, 2)])
 def test_several_processes_make_the_run_of_one(folder, config, flags, count):  # noqa: F811

@@ -329,6 +329,29 @@ def test_sigterm_ends_a_step_at_once_and_loses_no_finished_one(policy, tmp_path,
     assert set(range(6 - cfg.in_flight)) <= set(draws)
 
 
+class BreaksDown(Preempts):
+    async def grade(self, row, answer):
+        self.left -= 1
+        if self.left < 0:
+            raise EndpointError('no more grades')
+        return await Vowels.grade(self, row, answer)
+
+
+@pytest.mark.parametrize('grader', [Preempts, BreaksDown])
+def test_an_evaluation_that_was_cut_is_made_up_for(policy, tmp_path, grader):
+    """Of the last step here; the run is complete only with it."""
+    held_out = EvaluationConfig(Source(str(policy / 'problems.jsonl')), every=2, problems=2)
+    cfg = config(policy, steps=2, evaluation=held_out)
+    train(cfg, tmp_path / 'whole')
+    with pytest.raises((Preempted, EndpointError)):
+        train(cfg, tmp_path / 'cut', grader(2 + 2 * 2 * 3 + 1))  # before the first step, both steps, and half of the last
+    train(cfg, tmp_path / 'cut')
+    scores = [[(row['step'], row['eval/reward']) for row in rows_of(tmp_path / name, 'metrics') if 'eval/reward' in row]
+              for name in ('whole', 'cut')]
+    assert [step for step, _ in scores[0]] == [0, 2]
+    assert scores[0] == scores[1]
+
+
 def test_a_run_does_not_replace_what_it_starts_from(policy):
     with pytest.raises(ValueError, match='lies in the workdir'):
         loop.train(config(policy), str(policy), mode='overwrite')

@@ -1,5 +1,6 @@
 """The SFT run end to end: it learns, a resume is exact to the bit, and whatever is wrong is said in one sentence."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,8 +18,10 @@ import pytest
 from configs.tiny_sft import get_config
 from qedjax import metrics
 from qedjax.data.sources import Source
+from qedjax.processes import Preempted
 from qedjax.sharding import MeshConfig
 from qedjax.testing import tiny_config, write_sums
+from qedjax.train import sft
 from qedjax.train.sft import repetition, train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -105,6 +108,19 @@ def _stop(now):
     if now:
         raise Killed
     return {}
+
+
+def test_an_evaluation_that_sigterm_came_before_is_made_up_for(data, finished, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(get_config(str(data)), mesh=MESH)
+    step = next(row['step'] for row in rows(finished[0]) if 'eval/loss' in row)
+    monkeypatch.setattr(sft, 'preemption', lambda: contextlib.nullcontext(lambda k: k == step))
+    with pytest.raises(Preempted):
+        train(cfg, str(tmp_path))
+    assert not any('eval/loss' in row for row in rows(tmp_path))
+    monkeypatch.undo()
+    train(cfg, str(tmp_path))
+    want, got = ([(row['step'], row['eval/loss']) for row in rows(path) if 'eval/loss' in row] for path in (finished[0], tmp_path))
+    assert got == want
 
 
 def test_a_finished_run_started_again_does_nothing(data, finished):

@@ -79,6 +79,8 @@ class Slice:
 
     @property
     def hosts(self) -> int:
+        if self.chip.torus == 2 and sorted(self.sides) == [2, 4]:
+            return 1  # the one host of eight chips
         return max(self.devices // self.chip.host, 1)
 
     @property

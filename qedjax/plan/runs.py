@@ -10,7 +10,7 @@ import pathlib
 
 from qedjax.checkpoint.load import load_tokenizer, resolve_config
 from qedjax.data.chat import num_valid_ids
-from qedjax.model.config import ModelConfig
+from qedjax.model.config import ModelConfig, validate
 from qedjax.plan import hlo, memory, programs, work
 from qedjax.plan.chips import SMEM, Slice
 from qedjax.plan.collectives import sent_by_kind
@@ -20,7 +20,7 @@ from qedjax.rl import config as rl_config
 from qedjax.rl.config import RLConfig
 from qedjax.rollout import engine_config
 from qedjax.rollout.engine_config import EngineConfig
-from qedjax.sharding import TRAIN_AXES, check_rows, make_mesh, make_rollout_mesh, mesh_sizes
+from qedjax.sharding import TRAIN_AXES, check_rows, make_mesh, make_rollout_mesh, mesh_sizes, off_torus
 from qedjax.train import sft
 from qedjax.train.sft import SFTConfig
 
@@ -117,6 +117,9 @@ def plan(cfg: SFTConfig | RLConfig, slice: Slice, *, compile: bool = True, answe
         raise ValueError(f'answer={answer} must be between 0 and max_tokens={getattr(cfg, "max_tokens", 0)}')
     sizes = dict(zip(TRAIN_AXES, mesh_sizes(cfg.mesh, slice.devices), strict=True))
     model, num_valid, notes = model_of(cfg)
+    validate(model)
+    if not slice.holds(list(sizes.values())):
+        raise off_torus(sizes)
     shards = sizes['tensor'] * sizes['context']
     if model.num_heads % shards:
         raise ValueError(f'num_heads={model.num_heads} cannot be split over tensor x context = {shards} devices')
@@ -186,7 +189,8 @@ def _plan_rl(cfg: RLConfig, slice: Slice, sizes, model, num_valid, compile, answ
     answer = answer or cfg.max_tokens
     answers = cfg.groups * cfg.group_size
     longest = cfg.problems.max_prompt + answer
-    micros = math.ceil(answers / max(cfg.row_length // longest, 1) / cfg.micro_rows)
+    documents = 1 if model.attention == 'cudnn' else max(cfg.row_length // longest, 1)  # a row: cuDNN's kernel takes one
+    micros = math.ceil(answers / documents / cfg.micro_rows)
     state = memory.abstract_state(model, cfg.optimizer, sizes)
     micro, update = work.micro_batch(model, sizes, slice, cfg.micro_rows, cfg.row_length), work.update(model, sizes)
     least = micro.times(micros).plus(update)
@@ -258,7 +262,7 @@ def engine_of(cfg: RLConfig, model: ModelConfig, slice: Slice) -> tuple[ModelCon
 
 def flying(cfg: RLConfig) -> int:
     """Answers that are sampled at a time, if the engines can."""
-    return cfg.group_size * (max(cfg.in_flight, cfg.groups) if cfg.max_lag else cfg.groups)
+    return cfg.group_size * (max(cfg.in_flight * max(cfg.chains.states, 1), cfg.groups) if cfg.max_lag else cfg.groups)
 
 
 def _rollout(cfg: RLConfig, plan: Plan, model: ModelConfig, config: EngineConfig, shards: int, fitting: int,

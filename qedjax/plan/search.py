@@ -96,7 +96,8 @@ def layouts(cfg: Config, slice: Slice) -> Iterator[Config]:
     for context in _divisors(n):
         for tensor in _divisors(n // context):
             mesh = MeshConfig(fsdp=n // context // tensor, context=context, tensor=tensor)
-            if slice.holds((mesh.fsdp, context, tensor)):
+            near = slice.chip.torus or context * tensor <= slice.chip.host  # GPUs of several hosts would exchange heads by slow links
+            if near and slice.holds((mesh.fsdp, context, tensor)):
                 for remat in REMAT_POLICIES:
                     changed = dataclasses.replace(cfg, mesh=mesh, model=dataclasses.replace(cfg.model, remat=remat))
                     yield from _micro_batches(changed, mesh.fsdp)

@@ -10,7 +10,7 @@ import numpy as np
 
 from qedjax.llm.client import gather
 from qedjax.llm.local import LocalEndpoint
-from qedjax.processes import POLL, Crew, Preempted
+from qedjax.processes import FAILURES, POLL, Crew
 from qedjax.rl.actor import Actor
 from qedjax.rl.batch import varied
 from qedjax.rl.chains import Chains
@@ -80,7 +80,7 @@ class Collector:
         before, known = copy.deepcopy(self._draws), self._chains.known() if self._chains else None
         try:
             return await self._begun_together()
-        except (RuntimeError, Preempted):  # the first of an endpoint
+        except FAILURES:
             self._draws = before
             if self._chains and known:
                 self._chains.forget(known)

@@ -97,6 +97,8 @@ class RLConfig:
 
 def validate(cfg: RLConfig) -> None:
     """Raises ValueError, in one sentence, for a run that cannot be started."""
+    if not isinstance(cfg, RLConfig):
+        raise ValueError(f'the config is a {type(cfg).__name__}; RL takes an RLConfig, such as that of configs/derivations_rl.py')
     optimizers.validate(cfg.optimizer)
     losses.validate(cfg.objective)
     problem_settings.validate(cfg.problems)

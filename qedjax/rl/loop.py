@@ -30,7 +30,7 @@ from qedjax.grading.grader import Grader, make_grader
 from qedjax.llm.local import LocalEndpoint
 from qedjax.metrics import MetricWriter, Progress, keep_rows, write_run_files
 from qedjax.model.config import ModelConfig
-from qedjax.processes import Crew, Preempted, at_work
+from qedjax.processes import FAILURES, Crew, at_work
 from qedjax.rl import chains as chain_settings
 from qedjax.rl.actor import Actor
 from qedjax.rl.chains import Chains
@@ -67,12 +67,12 @@ def train(cfg: RLConfig, workdir: str, *, mode: str = 'resume', devices: list[ja
     """
     validate(cfg)
     refuse_inside(workdir, init=cfg.init, reference=cfg.reference)
-    run = _Run(cfg, pathlib.Path(workdir), devices, grader)
-    identity = fingerprint(cfg, run.model_config, run.problems)
-    with Checkpointer(run.workdir / 'checkpoints', identity, mode=mode, keep=cfg.keep) as checkpoints:
-        copy_tokenizer(cfg.init, run.workdir, anew=checkpoints.latest_complete() is None)
-        write_run_files(run.workdir, dataclasses.replace(cfg, model=run.model_config))
-        with at_work() as crew:
+    with at_work() as crew:
+        run = crew.made(lambda: _Run(cfg, pathlib.Path(workdir), devices, grader))
+        identity = fingerprint(cfg, run.model_config, run.problems)
+        with Checkpointer(run.workdir / 'checkpoints', identity, mode=mode, keep=cfg.keep) as checkpoints:
+            copy_tokenizer(cfg.init, run.workdir, anew=checkpoints.latest_complete() is None)
+            write_run_files(run.workdir, dataclasses.replace(cfg, model=run.model_config))
             return asyncio.run(run.main(checkpoints, crew))
 
 
@@ -193,9 +193,11 @@ class _Run:
                 await self.grader.close()
 
     def _start(self) -> tuple[TrainState, dict[str, Any], int]:
-        """The state, the position in the draws, and the step to begin with."""
+        """The state, the position in the draws, and the step to begin with; whether its evaluation is owed."""
+        self.owed = True  # that of the untrained policy
         if self.checkpoints.latest_complete() is not None:
             state, metadata, step = self.checkpoints.restore(abstract(lambda: self.learner.fresh(self.model_config), self.mesh))
+            self.owed = metadata.get('owed', False)
             return state, metadata['position'], step
         return self.learner.init(load_model(self.cfg.init, self.mesh, self.model_config)), {}, 0
 
@@ -207,23 +209,26 @@ class _Run:
         else:
             keep_rows(samples, start)
         with MetricWriter(self.workdir, start or -1) as writer, samples.open('a', encoding='utf-8') as file:
-            if start == 0:
-                await self._evaluate(writer, 0)
+            if self.owed:
+                await self._evaluate(writer, start)
             for step in range(start, cfg.steps):
                 state = await self._step(state, step, writer, progress, file)
                 done, last = step + 1, step + 1 == cfg.steps
                 evaluated = last or (every and done % every == 0)
-                score = await self._safely(self._evaluate(writer, done), done, state) if evaluated else None
+                score = await self._safely(self._evaluate(writer, done), done, state, owed=True) if evaluated else None
                 if last or done % cfg.save_every == 0:
                     await self._save(done, state, score)
         return state
 
-    async def _safely(self, work: Awaitable[Result], step: int, state: TrainState) -> Result:
-        """What `work` comes to. If the grader fails it or SIGTERM ends it, what was learnt until then is saved first."""
+    async def _safely(self, work: Awaitable[Result], step: int, state: TrainState, owed: bool = False) -> Result:
+        """What `work` comes to. If the grader fails it or SIGTERM ends it, what was learnt until then is saved first.
+
+        `owed`: that work was the evaluation of this step, which the next start makes up for.
+        """
         try:
             return await work
-        except (RuntimeError, Preempted):  # EndpointError among them
-            await self._save(step, state)
+        except FAILURES:
+            await self._save(step, state, owed=owed)
             raise
 
     async def _step(self, state: TrainState, step: int, writer: MetricWriter, progress: Progress, file: TextIO) -> TrainState:
@@ -247,10 +252,10 @@ class _Run:
                                      'checkpoints before them are sound: lower the learning rate or look at the samples')
         return state
 
-    async def _save(self, step: int, state: TrainState, score: float | None = None) -> None:
+    async def _save(self, step: int, state: TrainState, score: float | None = None, owed: bool = False) -> None:
         """Writes a checkpoint, in a thread: answers of the judge go on coming in."""
         if step and step != self.checkpoints.latest_complete():
-            metadata = {'model': dataclasses.asdict(self.model_config), 'position': await self.collector.agree()}
+            metadata = {'model': dataclasses.asdict(self.model_config), 'position': await self.collector.agree(), 'owed': owed}
             async with self.crew.held():  # processes wait for each other on their devices when they begin to save
                 await asyncio.to_thread(self.checkpoints.save, step, state, metadata, None if score is None else -score)
             await asyncio.to_thread(self.checkpoints.wait)

@@ -22,7 +22,7 @@ from qedjax.data.sources import CHAT, PAIR, Source, read_rows
 from qedjax.metrics import MetricWriter, Progress, mfu, write_run_files
 from qedjax.model.config import ModelConfig
 from qedjax.model.transformer import Transformer
-from qedjax.processes import Preempted, preemption
+from qedjax.processes import Crew, Preempted, preemption
 from qedjax.rollout.requests import MIN_TEMPERATURE
 from qedjax.rollout.static import generate
 from qedjax.sharding import MeshConfig, abstract, check_rows, create, make_mesh, move, without_context
@@ -96,6 +96,8 @@ class SFTConfig:
 
 def validate(cfg: SFTConfig) -> None:
     """Raises ValueError, in one sentence, for a run that cannot be started."""
+    if not isinstance(cfg, SFTConfig):
+        raise ValueError(f'the config is a {type(cfg).__name__}; SFT takes an SFTConfig, such as that of configs/smollm2_sft.py')
     optimizers.validate(cfg.optimizer)
     if not cfg.train.path:
         raise ValueError('no training data: set --config.train.path to a JSONL, Parquet or CSV file or to hub:ORG/NAME')
@@ -134,7 +136,7 @@ def train(cfg: SFTConfig, workdir: str, *, mode: str = 'resume', devices: list[j
     """
     validate(cfg)
     refuse_inside(workdir, init=cfg.init)
-    run = _Run(cfg, pathlib.Path(workdir), devices)
+    run = Crew().made(lambda: _Run(cfg, pathlib.Path(workdir), devices))
     fingerprint = {'data': run.loader.fingerprint, 'model': dataclasses.asdict(run.model_config), 'steps': run.steps,
                    'optimizer': dataclasses.asdict(cfg.optimizer), 'seed': cfg.seed}
     with Checkpointer(run.workdir / 'checkpoints', fingerprint, mode=mode, keep=cfg.keep, keep_every=cfg.keep_every) as checkpoints:
@@ -200,6 +202,8 @@ class _Run:
             logging.info('%s: all %d steps are done', self.workdir, start)
         progress = Progress('sft', self.steps)
         with MetricWriter(self.workdir, start) as writer, preemption() as preempted:
+            if self.owed:
+                self._evaluate(state, start, writer)
             pending = None  # metrics are read one step late, so that the host never waits for the step that it has just started
             for k, batch in enumerate(self.loader.iterate(start, self.steps), start):
                 state, metrics = self.train_step(state, place_batch(batch, self.mesh, self.cfg.accumulation))
@@ -216,8 +220,10 @@ class _Run:
         return state
 
     def _start(self, checkpoints: Checkpointer) -> tuple[TrainState, int]:
+        self.owed = False  # whether the evaluation of the step to begin with is to be made up for
         if checkpoints.latest_complete() is not None:
-            state, _, step = checkpoints.restore(self.target)
+            state, metadata, step = checkpoints.restore(self.target)
+            self.owed = metadata.get('owed', False)
             return state, step
         if not self.cfg.init:
             return create(self._fresh, self.mesh), 0
@@ -241,17 +247,22 @@ class _Run:
                                      'checkpoints before them are sound: lower the learning rate or look at the data')
 
     def _pause(self, state: TrainState, step: int, checkpoints: Checkpointer, writer: MetricWriter, end: bool) -> None:
-        """Evaluation, monitor and checkpoint, where due; if the run is to end, a checkpoint alone."""
-        metric = None
-        if self.eval_loader and not end and self._due(step, self.cfg.evaluate_every):
-            metrics = self.evaluate(state.model, self.eval_loader)
-            metric = metrics['eval/loss']
-            if self.requests:
-                metrics |= self.monitor(state.model)
-            writer.write(step, metrics)
-            logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})
+        """Evaluation, monitor and checkpoint, where due; if the run is to end, a checkpoint alone, and the others at the next start."""
+        due = self.eval_loader is not None and self._due(step, self.cfg.evaluate_every)
+        metric = self._evaluate(state, step, writer) if due and not end else None
         if end or self._due(step, self.cfg.save_every):
-            checkpoints.save(step, state, {'model': dataclasses.asdict(self.model_config), 'position': step}, metric)
+            metadata = {'model': dataclasses.asdict(self.model_config), 'position': step, 'owed': due and end}
+            checkpoints.save(step, state, metadata, metric)
+
+    def _evaluate(self, state: TrainState, step: int, writer: MetricWriter) -> float:
+        """Writes what the evaluation and the monitor found; the held-out loss."""
+        assert self.eval_loader
+        metrics = self.evaluate(state.model, self.eval_loader)
+        if self.requests:
+            metrics |= self.monitor(state.model)
+        writer.write(step, metrics)
+        logging.info('step %d: %s', step, {name: round(value, 4) for name, value in metrics.items()})
+        return metrics['eval/loss']
 
     def evaluate(self, model: Transformer, loader: Loader) -> dict[str, float]:
         """Mean loss and entropy over all held-out tokens."""
