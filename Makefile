@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test lint
 
 # Everything but the comparison with torch.
 test-all: $(VENV)/.installed-test lint
-	$(BIN)/pip install -q "libtpu>=0.0.40,<0.1"
+	$(BIN)/pip install -q -e ".[aot]"
 	$(BIN)/python -m pytest -n $(JOBS) -m "not parity"
 
 # Needs torch, a CPU build by preference: `$(BIN)/pip install torch --index-url https://download.pytorch.org/whl/cpu` first.

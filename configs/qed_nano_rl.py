@@ -42,7 +42,7 @@ HARDWARE = {
     'v5p-64': {'fsdp': 16, 'context': 4, 'micro_rows': 16, 'remat': 'attention', 'attention': ('splash', 'ragged'),
                'tensor': 4, 'slots': 128, 'cache_tokens': 1_720_320},
     'v6e-64': {'fsdp': 8, 'context': 8, 'micro_rows': 8, 'remat': 'full', 'attention': ('splash', 'ragged'),
-               'tensor': 4, 'slots': 16, 'cache_tokens': 245_760},
+               'tensor': 4, 'slots': 16, 'cache_tokens': 262_144},
     'v5e-256': {'fsdp': 16, 'context': 16, 'micro_rows': 16, 'remat': 'full', 'attention': ('splash', 'ragged'),
                 'tensor': 4, 'slots': 4, 'cache_tokens': 98_304},
     'h100-8': {'fsdp': 8, 'context': 1, 'micro_rows': 8, 'remat': 'full', 'attention': ('cudnn', 'xla'),

@@ -17,12 +17,10 @@ from qedjax.types import TrainBatch
 # loss_fn(model, micro_batch) -> (sum of weighted losses, sums of metrics); both are divided by the weight of the whole batch.
 LossFn = Callable[[Transformer, TrainBatch], tuple[jax.Array, dict[str, jax.Array]]]
 
-# By default the TPU compiler leaves the cores idle during nearly every collective of a step. These let it run gathers in parts beside
-# matrix products, and exchanges of heads beside whatever does not need them; the latter it refuses for some chips (v5e).
+# By default libtpu runs each collective of a step alone on v5e. These let it gather weights in parts beside matrix products. It refuses
+# them on other chips, where its versions differ in what they do by default.
 GATHERS = ('xla_tpu_enable_async_collective_fusion', 'xla_tpu_enable_async_collective_fusion_fuse_all_gather',
            'xla_tpu_enable_async_collective_fusion_multiple_steps', 'xla_tpu_overlap_compute_collective_tc', 'xla_enable_async_all_gather')
-EXCHANGES = {'TPU v5': ('xla_tpu_enable_async_all_to_all',), 'TPU v5p': ('xla_tpu_enable_async_all_to_all',),
-             'TPU v6 lite': ('xla_tpu_enable_async_all_to_all',)}
 
 
 @jax.tree_util.register_dataclass
@@ -58,8 +56,7 @@ def place_batch(batch: TrainBatch, mesh: Mesh, accumulation: int) -> TrainBatch:
 
 def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
     """What to tell the compiler of a train step for these devices."""
-    device = mesh.devices.flat[0]
-    return dict.fromkeys(GATHERS + EXCHANGES.get(device.device_kind, ()), True) if device.platform == 'tpu' else None
+    return dict.fromkeys(GATHERS, True) if mesh.devices.flat[0].device_kind == 'TPU v5 lite' else None
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, clip_norm: float, seed: int,
