@@ -106,6 +106,14 @@ def test_what_tpus_fuse_counts_once_and_as_what_it_is():
     assert next(hlo.arrays_of('bf16[8,4]{1,0:T(8,128)(2,1)S(1)}')) == hlo.Array('bf16', (8, 4), hbm=False)
 
 
+def test_a_computation_of_another_core_ends_where_it_ends():
+    text = TPU.replace('  ROOT %slice = bf16[8,4]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={8,4}\n}',
+                       '  ROOT %slice = bf16[8,4]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={8,4}\n}, '
+                       'execution_thread="sparsecore"')
+    assert text != TPU
+    assert collectives(hlo.parse(text)) == collectives(hlo.parse(TPU))
+
+
 def test_a_text_that_is_no_module_is_refused():
     with pytest.raises(ValueError, match='not the text'):
         hlo.parse('ENTRY')

@@ -88,7 +88,7 @@ def parse(text: str) -> Module:
             if match := _HEADER.match(line):
                 current = computations[match.group(2)] = {}
                 entry = match.group(2) if match.group(1) else entry
-        elif line == '}':  # some attributes go over several lines
+        elif line == '}' or line.startswith('}, execution_thread='):  # some attributes go over several lines, and begin with '}' too
             current = None
         elif match := _LINE.match(line):
             current[match.group(2)] = _instruction(match.group(2), _COMMENT.sub('', match.group(3)), bool(match.group(1)))
