@@ -16,8 +16,8 @@ Plans: `python tools/plan.py --config=configs/qed_nano_rc.py:HARDWARE --topology
 Times are at the roofline, with every answer at its full length:
 
     hardware  slice      peak of HBM      executed/model  update, MFU     in flight  tokens/s  step        the run
-    v5p-64    v5p:4x4x4  84.44 of 95 GiB  1.21            160.383 s, 82%  525        45,811    1,327.73 s  0.38 days = 590 chip-hours
-    v6e-64    v6e:8x8    28.44 of 32 GiB  1.44            95.068 s, 70%   74         22,664    2,454.66 s  0.71 days = 1,091 chip-hours
+    v5p-64    v5p:4x4x4  83.14 of 95 GiB  1.21            160.383 s, 82%  525        45,811    1,327.73 s  0.38 days = 590 chip-hours
+    v6e-64    v6e:8x8    27.75 of 32 GiB  1.44            95.068 s, 70%   74         22,664    2,454.66 s  0.71 days = 1,091 chip-hours
     v5e-256   v5e:16x16  14.06 of 16 GiB  1.44            110.785 s, 70%  105        33,696    1,697.82 s  0.49 days = 3,018 chip-hours
     h100-8 *  h100:8     61.23 of 80 GiB  1.42            696.407 s, 71%  37         6,964     8,375.26 s  2.42 days = 465 chip-hours
 

@@ -16,8 +16,8 @@ Plans: `python tools/plan.py --config=configs/qed_nano_rl.py:HARDWARE --topology
 Times are at the roofline, with every answer at its full length:
 
     hardware  slice      peak of HBM      executed/model  update, MFU     in flight  tokens/s  step        the run
-    v5p-64    v5p:4x4x4  84.25 of 95 GiB  1.22            145.322 s, 82%  551        45,896    1,241.96 s  2.16 days = 3,312 chip-hours
-    v6e-64    v6e:8x8    28.78 of 32 GiB  1.45            85.882 s, 69%   79         22,958    2,278.25 s  3.96 days = 6,075 chip-hours
+    v5p-64    v5p:4x4x4  84.28 of 95 GiB  1.22            145.322 s, 82%  551        45,896    1,241.96 s  2.16 days = 3,312 chip-hours
+    v6e-64    v6e:8x8    28.39 of 32 GiB  1.45            85.882 s, 69%   84         23,221    2,253.38 s  3.91 days = 6,009 chip-hours
     v5e-256   v5e:16x16  13.83 of 16 GiB  1.45            100.106 s, 69%  126        36,096    1,494.49 s  2.59 days = 15,941 chip-hours
     h100-8 *  h100:8     60.11 of 80 GiB  1.41            624.347 s, 71%  37         6,964     7,851.50 s  13.63 days = 2,617 chip-hours
 

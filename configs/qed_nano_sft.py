@@ -13,8 +13,8 @@ Plans: `python tools/plan.py --config=configs/qed_nano_sft.py:HARDWARE --topolog
 Times are at the roofline:
 
     hardware  slice      peak of HBM      executed/model  step, MFU      the run
-    v5p-64    v5p:4x4x4  40.75 of 95 GiB  1.13            1.779 s, 88%   0.01 days = 20 chip-hours
-    v6e-64    v6e:8x8    21.87 of 32 GiB  1.22            0.957 s, 82%   0.01 days = 11 chip-hours
+    v5p-64    v5p:4x4x4  41.58 of 95 GiB  1.13            1.779 s, 88%   0.01 days = 20 chip-hours
+    v6e-64    v6e:8x8    21.97 of 32 GiB  1.22            0.957 s, 82%   0.01 days = 11 chip-hours
     v5e-256   v5e:16x16  9.16 of 16 GiB   1.22            1.115 s, 82%   0.01 days = 49 chip-hours
     h100-8 *  h100:8     26.04 of 80 GiB  1.41            16.434 s, 71%  0.12 days = 23 chip-hours
 
