@@ -5,6 +5,7 @@ import dataclasses
 import json
 import signal
 import time
+import types
 
 import jax
 import numpy as np
@@ -128,6 +129,20 @@ def test_in_flight_learning_bounds_staleness(policy, tmp_path):
     draws = [row['draw'] for row in rows_of(tmp_path, 'samples')]
     assert all(draws.count(draw) == 3 for draw in set(draws))  # whole groups, each once
     assert all(abs(row['share/decode'] + row['share/learn'] + row['share/idle'] - 1) < 0.5 for row in steps)
+
+
+@pytest.mark.parametrize('began_before', [0.0, 30.0])
+def test_shares_of_a_step_are_of_its_time(began_before):
+    """Whatever part of a chunk that ends in it was decoded before."""
+    engine = types.SimpleNamespace(stats=types.SimpleNamespace(worked=1.0, waited=1.0))
+    clock = loop._Clock(engine)
+    time.sleep(0.02)
+    engine.stats.waited += 0.005 + began_before
+    clock.lap('collect')
+    clock.lap('learn')
+    shares = clock.shares()
+    assert shares['share/decode'] + shares['share/learn'] + shares['share/idle'] == pytest.approx(1)
+    assert min(shares.values()) >= 0
 
 
 def test_what_was_under_way_is_drawn_again_after_a_restart(policy, tmp_path):

@@ -304,9 +304,10 @@ class _Clock:
     def shares(self) -> dict[str, float]:
         """Seconds of the step and their shares."""
         seconds = sum(self._laps.values())
-        decode = self._work(self._engine) - self._busy
+        # The engine counts a chunk when it ends: one that began before the step must not make a share of more than its time.
+        decode = min(self._work(self._engine) - self._busy, self._laps['collect'])
         return {'seconds': seconds, 'share/decode': decode / seconds, 'share/learn': self._laps['learn'] / seconds,
-                'share/idle': max(self._laps['collect'] - decode, 0.0) / seconds}
+                'share/idle': (self._laps['collect'] - decode) / seconds}
 
     @staticmethod
     def _work(engine: Engine) -> float:
