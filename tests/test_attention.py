@@ -215,7 +215,8 @@ def test_remat_keeps_the_output_once(mesh, kind, kept, loops):
     def kept_and_loops(policy):
         body = rematerialize(layer, policy)
         kept = jax.tree.leaves(jax.eval_shape(lambda *inputs: jax.vjp(body, *inputs)[1], x, block))
-        kept = [leaf for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]  # not tables: newer JAX drops those of a kernel not run again
+        # Not the mask tables: newer JAX drops those of a kernel that is not run again.
+        kept = [leaf for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]
         both_passes = jax.make_jaxpr(jax.value_and_grad(lambda *inputs: body(*inputs).sum()))(x, block)
         return len(kept), str(both_passes).count('while[')
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from qedjax.clusters import slices
 from qedjax.model.config import ModelConfig
 from qedjax.model.presets import qwen3_4b
 from qedjax.model.transformer import Transformer
@@ -41,6 +42,12 @@ def test_every_chip_has_a_peak_and_a_balance_that_can_be():
 def test_topologies(text, devices, hosts):
     slice = parse_topology(text)
     assert (slice.devices, slice.hosts, slice.name) == (devices, hosts, text.lower())
+
+
+@pytest.mark.parametrize('text', ['v4:2x2x1', 'v4:4x4x4', 'v5e:1x1', 'v5e:2x4', 'v5e:16x16', 'v5p:2x2x2', 'v5p:4x4x4', 'v6e:2x4'])
+def test_plans_and_launchers_count_the_same_chips_and_hosts(text):
+    planned, launched = parse_topology(text), slices.parse(text)
+    assert (planned.chips, planned.hosts) == (launched.chips, launched.hosts)
 
 
 @pytest.mark.parametrize(('text', 'reason'), [('v9:2x2', 'no chip'), ('v5p', 'no size'), ('v5p:4x4', 'has 2 sides'), ('h100:0', 'no size')])

@@ -1,28 +1,18 @@
 """The search for a layout: what it tries, how it ranks, and what it says."""
 
 import dataclasses
-import importlib
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
 import jax
 import pytest
 from jax.experimental import mesh_utils
+from test_plan import command, config
 
 from qedjax.plan import memory, programs, search
 from qedjax.plan.chips import SMEM, parse_topology
 from qedjax.plan.report import report
 from qedjax.plan.runs import plan
 from qedjax.sharding import mesh_sizes
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def config(name, **changes):
-    return dataclasses.replace(importlib.import_module(f'configs.{name}').get_config(), **changes)
 
 
 def small(**changes):
@@ -135,11 +125,6 @@ def test_what_the_compiler_needed_over_its_estimate_is_expected_of_the_others(co
     slice = parse_topology('v5e:2x2')
     found = list(search.confirm(search.search(small(), slice), slice, 0))
     assert [reason for _, reason in found] == ['needs 900.0 of 16 GiB a device']
-
-
-def command(*arguments):
-    return subprocess.run([sys.executable, 'tools/plan.py', *arguments], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-                          capture_output=True, text=True, check=False)
 
 
 @pytest.mark.tpu_aot
